@@ -197,15 +197,6 @@ def check_tensors(where: str, **tensors: object) -> None:
             raise DataError(f"{where}: {name} is on the meta device, where tensors have no numbers")
 
 
-def check_finite(where: str, features: Tensor) -> None:
-    """Raise `DataError` if features are complex, or if a row holds NaN or infinity, as those of a broken network do."""
-    if features.is_complex():
-        raise DataError(f"{where} are {features.dtype}, expected real numbers")
-    broken = int((~features.isfinite()).reshape(len(features), -1).any(1).sum())
-    if broken:
-        raise DataError(f"{where}: {broken} of {len(features)} rows hold nan or infinity, which have no accuracy")
-
-
 def check_floats(where: str, numel: int | None = None, /, **tensors: object) -> None:
     """Raise `DataError` unless all of `tensors` are floats, and as many as `numel`, or at least one."""
     for name, tensor in tensors.items():
@@ -260,9 +251,12 @@ def check_classes(where: str, labels: Tensor, num_classes: int | None) -> int:
 
 
 def check_features(where: str, features: Tensor, labels: Tensor, num_classes: int | None = None) -> int:
-    """Return the number of classes, like `check_classes`; the features must be a real matrix, one row per label."""
+    """Return the number of classes, like `check_classes`; the features must be a finite matrix, one row per label."""
     check_labelled(where, features, labels)
     if features.ndim != 2 or not features.shape[1]:
         raise DataError(f"{where} has shape {tuple(features.shape)}, expected at least one feature of each image")
-    check_finite(where, features)
+    if features.is_complex():
+        raise DataError(f"{where} are {features.dtype}, expected real numbers")
+    if broken := int((~features.isfinite()).any(1).sum()):
+        raise DataError(f"{where}: {broken} of {len(features)} rows hold nan or infinity, which have no accuracy")
     return check_classes(where, labels, num_classes)

@@ -29,6 +29,7 @@ def in_group() -> bool:
 
 
 def rank() -> int:
+    """Return the number of this process; the first, 0, writes files and messages."""
     return dist.get_rank() if in_group() else 0
 
 
@@ -36,17 +37,8 @@ def world_size() -> int:
     return dist.get_world_size() if in_group() else 1
 
 
-def alone() -> bool:
-    return world_size() == 1
-
-
-def is_first() -> bool:
-    """Return whether this is the process that writes files and messages."""
-    return rank() == 0
-
-
 def any_process(value: bool, device: torch.device) -> bool:
-    return value if alone() else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
+    return value if world_size() == 1 else means_over_processes(torch.tensor(float(value), device=device))[0] > 0
 
 
 def from_all(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -93,7 +85,7 @@ def note_width(module: nn.Module, width: object) -> None:
 def means_over_processes(*values: Tensor) -> list[float]:
     """Return the mean of each scalar over all processes, the same in each of them, NaN included."""
     means = torch.stack([at_least_float32(value.detach()).reshape(()) for value in values])
-    if not alone():
+    if world_size() > 1:
         dist.all_reduce(means)
         means /= world_size()
     return cast("list[float]", means.tolist())
@@ -103,7 +95,7 @@ def where_not_finite(device: torch.device, **kinds: Iterable[Tensor]) -> str:
     """Say in which processes tensors of the first of these kinds are not finite, unless that is so in all or none."""
     for kind, tensors in kinds.items():
         fine = torch.tensor([all(tensor.isfinite().all() for tensor in tensors)], device=device).int()
-        ranks = [] if alone() else [str(rank) for rank, (own,) in enumerate(from_all(fine).tolist()) if not own]
+        ranks = [str(rank) for rank, (own,) in enumerate(from_all(fine).tolist() if in_group() else []) if not own]
         if 0 < len(ranks) < world_size():
             return f"; the {kind} of process {', '.join(ranks)} are not finite"
     return ""
@@ -125,7 +117,7 @@ def average_gradients(model: nn.Module) -> None:
     """
     check_is_module("average_gradients", model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if alone() or not parameters:
+    if world_size() == 1 or not parameters:
         return
     if has_shards(parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
@@ -175,7 +167,7 @@ def gather(tensor: Tensor) -> Tensor:
     torch.Size([4, 8])
     """
     check_tensors("gather", tensor=tensor)
-    if alone():
+    if world_size() == 1:
         return tensor
     graph = ", with gradient" if tensor.requires_grad and torch.is_grad_enabled() else ""
     own = f"{tuple(tensor.shape)} of {tensor.dtype}{graph}"

@@ -140,13 +140,12 @@ class _Twins:
 
     def __init__(self, module: nn.Module, states: list[WidthState], blocks: _Blocks) -> None:
         self.module, self.states, self.blocks, self.registered = module, states, blocks, RemovableHandle.next_id
-        self.stores: list[dict[str, Any]] = []  # what was read, compared at every call: the dicts,
-        self.names: list[str] = []  # the names in them
-        self.values: list[object] = []  # and the values
+        self.read: list[tuple[dict[str, Any], str, object]] = []  # dicts, and what was read in them by which name
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # of hooks and children, and what was in them
         self.used: list[_Block] = []
         self.made: dict[nn.Module, nn.Module] = {}
         self.root = self._twin(module)
+        self.stores, self.names, self.values = [*zip(*self.read, strict=True)] or [(), (), ()]
         self.full = [block.full for block in self.used]
         self.seen = [(block.memory.data_ptr(), block.memory.stride(), block.version) for block in self.used]
         self.samples = [block.sample for block in self.used if block.sample is not None]
@@ -209,9 +208,7 @@ class _Twins:
         return any(hooks)
 
     def _read(self, store: dict[str, Any], name: str) -> Any:
-        self.stores.append(store)
-        self.names.append(name)
-        self.values.append(store[name])
+        self.read.append((store, name, store[name]))
         return store[name]
 
     def _part(self, store: dict[str, Any], column: Column, name: str) -> nn.Parameter | None:

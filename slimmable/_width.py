@@ -44,8 +44,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
     >>> layer.weight.shape
     torch.Size([2, 4])
     """
-    places = places_of(model)
-    switch(places, columns_of(places, width))
+    switch(columns_of(places_of(model), width))
 
 
 @contextmanager
@@ -62,8 +61,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     >>> width_of(layer)
     1.0
     """
-    places = places_of(model)
-    with switched(places, columns_of(places, width)):
+    with switched(columns_of(places_of(model), width)):
         yield
 
 
@@ -155,26 +153,23 @@ def places_of(model: nn.Module) -> Places:
     return places
 
 
-def columns_of(places: Places, setting: Setting) -> list[Column]:
-    """Return each module's column for a setting, or a new guest column if it has none; change nothing."""
+def columns_of(places: Places, setting: Setting) -> list[tuple[WidthState, Column]]:
+    """Return each module's state and column for a setting, a new guest column if it has none; change nothing."""
     given: Any = setting
     number: Any = given if not isinstance(given, bool) and isinstance(given, Real) else None
     if number is None and not isinstance(given, (Mapping, tuple, list)):
         raise WidthError(f"{setting!r} is not a width, a dict of widths by layer or a tuple of counts by channel group")
-    return [
-        state.columns[state.widths.index(number)] if number in state.widths else _column(module, state, setting, number)
-        for module, state in places
-    ]
+    return [(state, _column(module, state, setting, number)) for module, state in places]
 
 
 @contextmanager
 def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
     """Add widths and sub-networks to the model for good, which keeps their statistics; none if the block fails."""
     places = places_of(model)
-    before = [(state.active, len(state.columns)) for _, state in places]
+    before, owned = [(state, state.active) for _, state in places], [state.columns for _, state in places]
     try:
         for setting in settings:
-            for (module, state), column in zip(places, columns_of(places, setting), strict=True):
+            for (module, _), (state, column) in zip(places, columns_of(places, setting), strict=True):
                 if column.index == -1:
                     if column.module is not None:
                         cast(Switchable, module).narrow.append(column.module)
@@ -182,16 +177,17 @@ def registered(model: nn.Module, settings: Iterable[Setting]) -> Iterator[None]:
                     state.keep([*state.columns, column])
         yield
     except BaseException:
-        switch(places, [state.columns[0] for _, state in places])
-        for (module, state), (_, own) in zip(places, before, strict=True):
-            for column in state.columns[: own - 1 : -1]:  # which become guests
+        for (module, state), own in zip(places, owned, strict=True):
+            for column in state.columns[: len(own) - 1 : -1]:  # which become guests
                 column.index, column.module = -1, module.narrow.pop(-1) if isinstance(module, Switchable) else None
-            state.keep(state.columns[:own])
-        switch(places, [active for active, _ in before])
+            state.keep(own)
+        switch(before)
         raise
 
 
 def _column(module: nn.Module, state: WidthState, setting: Setting, number: float | None) -> Column:
+    if number in state.widths:
+        return state.columns[state.widths.index(number)]
     plan: Plan | None = state.plan
     if number is not None and (plan is None or not plan.universal):
         return state.columns[width_index(number, state.numbers)]  # whose message names those registered later, too

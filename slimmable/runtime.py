@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+import slimmable
 from slimmable._widths import check_widths, number_or_nan, width_index
 from slimmable.errors import CheckpointError, DataError, UsageError, explained
 
@@ -125,23 +126,19 @@ class _Module:
     """A PyTorch model, called like a `Session`; its multiply-adds are those of the first batch's images."""
 
     def __init__(self, model: Any) -> None:
-        from slimmable._width import widths_of
-
-        self.model, self.widths, self.macs = model, widths_of(model), dict[float, float]()
+        self.model, self.widths, self.macs = model, slimmable.widths_of(model), dict[float, float]()
 
     def __call__(self, *inputs: Any, width: float) -> Any:
         import torch
 
         from slimmable._modules import in_eval_mode
-        from slimmable._profile import profile
-        from slimmable._width import at_width
 
         device = next((weight.device for weight in self.model.parameters()), None)
         given = tuple(torch.as_tensor(each, device=device) for each in inputs)
-        with torch.no_grad(), in_eval_mode(self.model), at_width(self.model, width):
+        with torch.no_grad(), in_eval_mode(self.model), slimmable.at_width(self.model, width):
             scores = self.model(*given)
         if not self.macs:
-            rows = profile(self.model, example_inputs=tuple(each[:1] for each in given), repeats=0).rows
+            rows = slimmable.profile(self.model, example_inputs=tuple(each[:1] for each in given), repeats=0).rows
             self.macs = {row.width: row.macs for row in rows}
         return getattr(scores, "logits", scores)
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from slimmable._distributed import is_first
+from slimmable._distributed import rank
 from slimmable._tables import listed
 from slimmable.cli.config import DIGITS, PretrainConfig, printable, say
 from slimmable.cli.faults import STOPPING
@@ -59,7 +59,7 @@ class Images:
 def load_images(config: PretrainConfig) -> Images:
     """Return the images of `config`, of data sets that timm knows by name in their own split, if they have one."""
     name, root, held_out = config.data, config.data_dir, ["validation"]
-    told = say if is_first() else lambda text: None
+    told = say if rank() == 0 else lambda text: None
     if name == DIGITS:
         return cluttered_digits(config.num_images, config.num_images // 4, config.image_size)
     if not config.kind:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimmable._atomic import write_aside
-from slimmable._distributed import any_process, is_first, rank, world_size
+from slimmable._distributed import any_process, rank, world_size
 from slimmable._tables import differences
 from slimmable.cli import data
 from slimmable.cli import run as runs
@@ -245,18 +245,18 @@ class Watch:
 def pretrain(config: PretrainConfig, options: Pretrain, device: torch.device) -> int:
     """Train from scratch or from the last checkpoint in all processes, evaluate in the first; return the exit code."""
     begin, folder = time.monotonic(), options.output
-    with locked(folder, not options.resume) if is_first() else nullcontext():
+    with locked(folder, not options.resume) if rank() == 0 else nullcontext():
         any_process(False, device)  # wait until the first one holds the folder
         training = _prepare(config, options, device)
         try:
             _train(training, folder, options)
-            if is_first():
+            if rank() == 0:
                 _finish(training, folder, options)
             any_process(False, device)  # wait until the first one has written the results
             _tell(options, f"done in {time.monotonic() - begin:.0f} s; the results are in {folder}")
         except KeyboardInterrupt as error:
             with suppress(OSError):  # the terminal may be gone
-                if is_first():
+                if rank() == 0:
                     say(f"interrupted after step {training.step} of {training.steps}; {_way_on(folder)}")
             return exit_code(error)
         except DivergedError as error:
@@ -313,7 +313,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
         training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
-    if not options.resume and is_first():
+    if not options.resume and rank() == 0:
         write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
     several = len(config.widths) > 1
     gated = "" if config.gate_budget is None else f", dense and gated to {config.gate_budget:g} of the multiply-adds,"
@@ -334,11 +334,11 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     with on_signals(lambda number: stop(number) if asked else asked.append(number)), ExitStack() as ends:
         progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet)
-        logs = make_logs(ends, folder, columns, training.step, options.logger, asdict(config)) if is_first() else []
-        watch = Watch(training, folder, logs[1:]) if every and is_first() else None
+        logs = make_logs(ends, folder, columns, training.step, options.logger, asdict(config)) if rank() == 0 else []
+        watch = Watch(training, folder, logs[1:]) if every and rank() == 0 else None
         while training.step < training.steps:
             losses = training.take_step()
-            if is_first():
+            if rank() == 0:
                 progress.advance(losses)
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
@@ -352,7 +352,7 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
                 training.check_finite()
                 if watch is not None and training.step % every == 0:  # before the checkpoint, or its row would be lost
                     progress.note(watch.look())
-                if is_first():
+                if rank() == 0:
                     training.save(folder / runs.CHECKPOINT)
                     if training.diagnostics is not None:
                         training.diagnostics.to_csv(folder / GRADIENTS)
@@ -384,5 +384,5 @@ def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
 
 
 def _tell(options: Pretrain, text: str) -> None:
-    if is_first() and not options.quiet:
+    if rank() == 0 and not options.quiet:
         say(text)

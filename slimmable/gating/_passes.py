@@ -20,7 +20,7 @@ from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, macs_for
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
-from slimmable.view.recompute import Active, in_backward, switch, switched
+from slimmable.view.recompute import Active, switch, switched
 from slimmable.view.state import Indices
 
 Pass = Enum("Pass", ["DENSE", "GATED"])  # which of the two networks of a gated model runs
@@ -159,8 +159,8 @@ class LayerGates(SwitchableContainer):
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         record = self.decision.active.record
         decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
-        switch([(None, self.decision)], [decision])
-        if record is not None and not in_backward():
+        is_repeated = switch([(self.decision, decision)])
+        if record is not None and not is_repeated:
             record.append(decision)
 
     def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -350,8 +350,8 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
         if batches is not None and not batches.is_meta and batches == 0:
             warnings.warn("the gates of this model were never trained; what they open is random", stacklevel=3)
     run = GatedPass(next(iter(roots.values()), None), gates)
-    undecided = [Decision(record=record) for record in run._records.values()]
-    with _during(Pass.GATED, model), switched([(None, each.decision) for each in gates], undecided):
+    undecided = [(each.decision, Decision(record=record)) for each, record in run._records.items()]
+    with _during(Pass.GATED, model), switched(undecided):
         yield run
 
 
@@ -379,8 +379,8 @@ def gates_of(where: str, model: nn.Module) -> list[LayerGates]:
 
 
 def _during(wanted: Pass, model: nn.Module) -> AbstractContextManager[None]:
-    passes = [(None, each.active_pass) for each in model.modules() if isinstance(each, (LayerGates, PassNorm))]
-    return switched(passes, [wanted] * len(passes))
+    having = (each for each in model.modules() if isinstance(each, (LayerGates, PassNorm)))
+    return switched([(each.active_pass, wanted) for each in having])
 
 
 # -- the losses that keep a gated network to its budget

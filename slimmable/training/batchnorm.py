@@ -12,7 +12,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import check_count, check_tensors, checked
-from slimmable._distributed import alone, from_all, from_all_alike, world_size
+from slimmable._distributed import from_all, from_all_alike, world_size
 from slimmable._inputs import Arguments, Inputs, map_tensors, output_tensors
 from slimmable._modules import in_eval_mode, swapped
 from slimmable._numerics import at_least_float32
@@ -145,7 +145,7 @@ def synchronised_batchnorm(groups: int = 1) -> Iterator[None]:
             [ 1.,  1.]])
     """
     check_count("synchronised_batchnorm", groups=groups)
-    if alone() and groups == 1 and not _groups:
+    if world_size() == 1 and groups == 1 and not _groups:
         yield
         return
     block = object()
@@ -174,7 +174,7 @@ def _joined(original: Callable[..., Tensor], names: str) -> Callable[..., Tensor
     def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
         given = {"momentum": 0.1, "eps": 1e-5} | dict(zip(names.split(), args, strict=False)) | kwargs
         groups = next(reversed(_groups.values()), 1)
-        if not given.get("training") or (groups == 1 and alone()):
+        if not given.get("training") or (groups == 1 and world_size() == 1):
             return original(*args, **kwargs)
         states = given["running_mean"], given["running_var"]
         return joined(groups, given["input"], states, *map(given.get, ("weight", "bias", "momentum", "eps")))
@@ -221,7 +221,7 @@ def _of_groups(
     for state, copies in zip(states, zip(*found, strict=True), strict=True):
         if state is not None:
             mean = torch.stack(copies).mean(0)
-            state.copy_(mean if alone() else from_all(mean).mean(0))
+            state.copy_(mean if world_size() == 1 else from_all(mean).mean(0))
     return torch.cat(outputs)
 
 

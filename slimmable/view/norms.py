@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from slimmable._checks import checked
-from slimmable._distributed import alone, check_same_widths, in_group, note_width
+from slimmable._distributed import check_same_widths, in_group, note_width, world_size
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, kept_of
 from slimmable.errors import ConversionError, UsageError
@@ -70,7 +70,7 @@ class SwitchableContainer(HasWidths):
         if not torch.is_grad_enabled():
             return output
         linked: Tensor = _Linked.apply(output, self._static_graph, *self.parameters())
-        if not is_compiling() and linked.requires_grad and not alone():
+        if not is_compiling() and linked.requires_grad and world_size() > 1:
             self._compare(wrapper, linked)
         return linked
 

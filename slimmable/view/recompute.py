@@ -13,7 +13,7 @@ import asyncio
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -31,7 +31,7 @@ _task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 _next_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 C = TypeVar("C")
-Places: TypeAlias = "Sequence[tuple[Any, Active[Any]]]"  # modules, and what is switched in them
+New: TypeAlias = "Sequence[tuple[Active[Any], Any]]"  # what is switched, and to what
 
 
 class _Mark:
@@ -111,7 +111,7 @@ class Active(Generic[C]):
         with _LOCK:
             user = _current()
             if self.now is not self._shown:  # compiled code has switched
-                _put([(None, self)], [self.now])
+                _put([(self, self.now)])
             own = [each.has[self] for each in user.line() if self in each.has]
             value: C = own[0] if own else self._base
             if not own and any(other is not value for other in _others(user, self)):
@@ -155,35 +155,37 @@ class Active(Generic[C]):
         return found[0] if found else self._found()
 
 
-def switch(places: Places, values: Iterable[Any]) -> None:
-    """Activate something in each of several modules, for the running user, or in a repeated forward for that alone."""
+def switch(new: New) -> bool:
+    """Activate something in each module, for the running user; return whether only for a forward that is repeated."""
     if is_compiling():
         global _compiled_switch
         _compiled_switch = True
-        for (_, active), value in zip(places, values, strict=True):
+        for active, value in new:
             active.now, active._last = value, _NEVER
     elif (node := _node()) is not None:
-        for (_, active), value in zip(places, values, strict=True):
+        for active, value in new:
             active._again[_here.mark] = node, value
+        return True
     else:
-        _put(places, values)
+        _put(new)
+    return False
 
 
 @contextmanager
-def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
+def switched(new: New) -> Iterator[None]:
     """Activate something in each of several modules while the block runs, for those who run in it."""
     if is_compiling() or _node() is not None:
-        before = [active.active for _, active in places]
-        switch(places, values)
+        before = [(active, active.active) for active, _ in new]
+        switch(new)
         try:
             yield
         finally:
-            switch(places, before)
+            switch(before)
         return
     with _LOCK:
         outer = _own_user()
         block = _User(outer, outer.who, is_block=True)
-        _put(places, values, block)
+        _put(new, block)
         _blocks.append(block)
         _user.set(block)
         _settle()
@@ -194,7 +196,7 @@ def switched(places: Places, values: Iterable[Any]) -> Iterator[None]:
             block.left = True
             _blocks.remove(block)
             _own_user()
-            for _, active in places:
+            for active, _ in new:
                 still = (each.has[active] for each in reversed(_blocks) if active in each.has)
                 _show(active, next(still, active._base))
             _settle()
@@ -206,11 +208,6 @@ def last_switch() -> tuple[object, object, int]:
     if _compiled_switch:
         _compiled_switch, _switches = False, _switches + 1
     return _current().mark, _here.mark, _switches
-
-
-def in_backward() -> bool:
-    """Tell whether a backward pass is running, in which any forward is a repeated one."""
-    return not is_compiling() and _task() != -1
 
 
 def _node() -> tuple[int, int] | None:
@@ -243,19 +240,18 @@ def _others(user: _User, active: Active[C]) -> "Iterator[C]":
     return (other.has[active] for other in others if active in other.has)
 
 
-def _put(places: Places, values: Iterable[Any], new: _User | None = None) -> None:
+def _put(new: New, entered: _User | None = None) -> None:
     """Give something to a new block, or to the innermost block that has the same, or else to the thread or task."""
     with _LOCK:
         user = _own_user()
-        pairs = [(active, value) for (_, active), value in zip(places, values, strict=True)]
-        for active, value in pairs:
+        for active, value in new:
             guest = -1 in (getattr(value, "index", 0), getattr(active.now, "index", 0))
             if guest and any(True for _ in _others(user, active)):
                 what = "another thread or task runs this model, which can be at a width not its own by one only"
                 raise WidthError(f"{what}; keep the width with calibrate_bn, or use a copy of the model")
         root = next(each for each in user.line() if not each.is_block)
-        for active, value in pairs:
-            block = new or next((each for each in user.line() if each.is_block and active in each.has), None)
+        for active, value in new:
+            block = entered or next((each for each in user.line() if each.is_block and active in each.has), None)
             if block is None:
                 active._base = value
             (root if block is None or block.who is not root.who else block).has[active] = value

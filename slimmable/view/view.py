@@ -172,7 +172,7 @@ def _cache_property(name: str) -> property:
 
 def _at_full(module: nn.Module) -> AbstractContextManager[None]:
     state = module.__dict__["_slim"]
-    return switched([(module, state)], state.columns[:1])
+    return switched([(state, state.columns[0])])
 
 
 class _Viewed(HasWidths):
@@ -240,12 +240,8 @@ class _Viewed(HasWidths):
     def _refuse_qconfig(self, value: object = None) -> None:
         raise ConversionError(f"torch.ao.quantization does not know the classes of converted layers; {_INSTEAD}")
 
-    def _read_qconfig(self) -> object:
-        if "qconfig" not in self.__dict__:  # it may be there from before the conversion
-            raise AttributeError("qconfig")
-        return self.__dict__["qconfig"]
-
-    qconfig = property(_read_qconfig, _refuse_qconfig, _refuse_qconfig)
+    # it may be there from before the conversion
+    qconfig = _value_property("qconfig").setter(_refuse_qconfig).deleter(_refuse_qconfig)
 
 
 def _counter(function: Any) -> str | None:

@@ -175,10 +175,10 @@ def test_only_the_first_process_names_what_was_left_out(tmp_path, monkeypatch, c
     for number in range(2):
         write(tmp_path / "cat" / f"{number}.png", (1, 2, 3))
     (tmp_path / "cat" / "2.png").write_bytes(b"broken")
-    for first in (True, False):
-        monkeypatch.setattr("slimmable.cli.data.is_first", lambda first=first: first)
+    for rank in (0, 1):
+        monkeypatch.setattr("slimmable.cli.data.rank", lambda rank=rank: rank)
         load_images(PretrainConfig(data=str(tmp_path)))
-        assert ("left out 1 files" in capsys.readouterr().out) == first
+        assert ("left out 1 files" in capsys.readouterr().out) == (rank == 0)
 
 
 def test_folder_without_images(tmp_path):

@@ -479,7 +479,7 @@ def test_replicas_of_data_parallel_run_in_their_threads_at_the_width_of_their_ma
 
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_synchronised_blocks_that_overlap_restore_what_they_patch(workers, monkeypatch, first_out):
-    monkeypatch.setattr(batchnorm, "alone", lambda: False)
+    monkeypatch.setattr(batchnorm, "world_size", lambda: 2)
     before = nn.functional.batch_norm, torch.batch_norm
     blocks = [batchnorm.synchronised_batchnorm() for _ in range(2)]
     for worker, block in zip(workers, blocks, strict=False):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimmable
 from benchmarks.training_step.saved import peak_saved_bytes
-from slimmable._distributed import alone
+from slimmable._distributed import world_size
 from slimmable.errors import DataError
 from slimmable.losses import nt_xent, nt_xent_logits
 from slimmable.training import average_gradients, gather, synchronised_batchnorm
@@ -48,7 +48,7 @@ def views(dtype: torch.dtype) -> Tensor:
 
 def part(tensor: Tensor, dim: int = 0) -> Tensor:
     """What this process has of a tensor: one of two halves, or all of it."""
-    return tensor if alone() else tensor.chunk(2, dim)[dist.get_rank()]
+    return tensor if world_size() == 1 else tensor.chunk(2, dim)[dist.get_rank()]
 
 
 def backward_passes(model: nn.Module, recipe: slimmable.SlimRecipe, images: Tensor, progress: float) -> None:
