@@ -98,7 +98,8 @@ def write(
     if kind == "safetensors" and width is None and chosen != known:
         raise UsageError(f"export: a .safetensors file holds all widths, {known}; leave out widths={chosen}")
     if calibration is not None and kind != "onnx":
-        raise UsageError(f"export: calibration is for int8, which needs a path that ends in .onnx; got {path}")
+        given = f"{path} and calibration={type(calibration).__name__}"
+        raise UsageError(f"export: calibration is for int8, which needs a path that ends in .onnx; got {given}")
     for package in onnx.PACKAGES if kind == "onnx" else ():
         require(package, package, extra="onnx")
     if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
