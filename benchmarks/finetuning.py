@@ -12,7 +12,7 @@ from torch.nn.utils import skip_init
 
 from slimmable._checks import check_classes, check_finite, check_labelled, checked
 from slimmable.errors import DataError, UsageError
-from slimmable.evaluation import as_input, outputs_of
+from slimmable.evaluation import as_input, features_of
 from slimmable.view.state import is_slim
 
 
@@ -63,7 +63,7 @@ def finetune(
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
     check_labelled("finetune: images", images, labels)
     classes = check_classes("finetune", labels, num_classes)
-    features = outputs_of(backbone, images[:2], batch_size=2)
+    features = features_of(backbone, images[:2])
     if features.ndim != 2:
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,23 +55,18 @@ class Accuracies:
 
 
 @checked
-def features_of(backbone: nn.Module, images: Tensor, width: float, batch_size: int = 256) -> Tensor:
-    """Return the features of `backbone` at `width` in eval mode: images (images, ...) -> (images, features), float32.
+@torch.no_grad()
+def features_of(backbone: nn.Module, images: Tensor, width: float | None = None, batch_size: int = 256) -> Tensor:
+    """Return the features of `backbone` in eval mode: images (images, ...) -> (images, features), float32.
 
-    uint8 images are scaled to [0, 1], and `batch_size` of them run together. Width and training mode are restored.
+    They are those at `width`, or by default at the active one, which a plain backbone need not have. uint8 images are
+    scaled to [0, 1], and `batch_size` of them run together. Width and training mode are restored.
     Raises: ConversionError or WidthError: as `set_width`. DataError: if there are no images.
     """
     if not isinstance(images, Tensor) or not images.ndim or not len(images):
         raise DataError(f"features_of: images must be a tensor of at least one image, got {shown(images)}")
-    with at_width(backbone, width):
-        return outputs_of(backbone, images, batch_size)
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Return the outputs of `model` for all images, in eval mode and float32."""
-    with in_eval_mode(model):
-        return torch.cat([model(as_input(model, batch)).float() for batch in torch.split(images, batch_size)])
+    with nullcontext() if width is None else at_width(backbone, width), in_eval_mode(backbone):
+        return torch.cat([backbone(as_input(backbone, batch)).float() for batch in torch.split(images, batch_size)])
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     0.75
     """
     check_labelled("accuracy_of: images", images, labels)
-    scores = outputs_of(model, images, batch_size)
+    scores = features_of(model, images, batch_size=batch_size)
     check_features("accuracy_of: scores", scores, labels)
     return _accuracy(scores, labels)
 

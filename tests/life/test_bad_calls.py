@@ -838,7 +838,7 @@ CALLS: dict[str, Call] = {
                 holding_nan="so are its features",
                 holding_infinity="so are its features",
             ),
-            "width": WIDTH,
+            "width": WIDTH.optional(),
             "batch_size": bad.count(4),
         }
     ),
