@@ -79,7 +79,7 @@ def finetune(
         raise UsageError("finetune: the backbone runs at several widths; give slimmable.extract(backbone, width)")
     check_labelled("finetune: images", images, labels)
     classes = check_classes("finetune", labels, num_classes)
-    features = outputs_of(backbone, images[:2], batch_size=2)
+    features = outputs_of(backbone, images[:2])
     if features.ndim != 2:
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"

@@ -13,8 +13,7 @@ from slimmable._distributed import averaged_once
 from slimmable._modules import swapped
 from slimmable._width import width_of
 from slimmable.errors import UsageError
-from slimmable.training import SlimRecipe
-from slimmable.training.recipe import check_recipe
+from slimmable.training.recipe import SlimRecipe, check_recipe
 
 try:
     from lightning.pytorch import Callback

@@ -24,8 +24,7 @@ from slimmable._width import set_width
 from slimmable._widths import check_widths
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.losses import OnlineDistillation
-from slimmable.training import SlimRecipe
-from slimmable.training.recipe import check_recipe
+from slimmable.training.recipe import SlimRecipe, check_recipe
 
 _create_model, _load_checkpoint = models.create_model, models.load_checkpoint
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from slimmable._modules import swapped
 from slimmable._width import at_width, columns_of, places_of
 from slimmable.errors import UsageError
-from slimmable.training import SlimRecipe
-from slimmable.training.recipe import check_recipe
+from slimmable.training.recipe import SlimRecipe, check_recipe
 
 
 class SlimTrainer(Trainer):
