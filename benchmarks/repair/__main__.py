@@ -52,7 +52,7 @@ def trained(name: str, seed: int) -> tuple[nn.Module, Digits]:
 def taught(net: nn.Module, data: Digits, seed: int) -> None:
     """Train a network for an epoch, with labels, at a low learning rate."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(net.requires_grad_().parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(net.requires_grad_().parameters(), 2e-4)
     net.train()
     for batch in order.split(BATCH)[: len(order) // BATCH]:
         optimizer.zero_grad()
