@@ -20,6 +20,7 @@ def blocks(page: str, language: str) -> list[str]:
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 NEEDED = {  # page -> modules; skipped without them
     "docs/how-to/hf-trainer.md": ["accelerate", "transformers"],
+    "docs/how-to/int8.md": ["torchao"],
     "docs/how-to/lightly.md": ["lightly"],
     "docs/how-to/lightning.md": ["lightning"],
     "docs/how-to/solo-learn.md": ["lightning", "omegaconf"],
