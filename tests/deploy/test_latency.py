@@ -76,8 +76,15 @@ def test_layers_are_bilinear_between_what_was_measured(clock):
         assert sum(a * b for a, b in zip(terms, middle["fit"], strict=True)) == pytest.approx(ms, rel=5e-3)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Few networks, measured a few times."""
+    monkeypatch.setattr(latency, "_NETWORKS", 2)
+    monkeypatch.setattr(latency, "_ROUNDS", 2)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_a_narrower_network_is_never_slower(name):
+def test_a_narrower_network_is_never_slower(name, quick):
     model = slimmable.slimify(timm.create_model(name, num_classes=4), WIDTHS, universal=True)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     plan, table = slimmable.plan(model), LatencyTable.measure(model)
@@ -141,10 +148,9 @@ def test_a_plain_model_is_refused():
         LatencyTable.measure(timm.create_model("test_resnet"))
 
 
-def test_onnxruntime_runs_the_sub_networks(monkeypatch):
+def test_onnxruntime_runs_the_sub_networks(quick):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(latency, "_NETWORKS", 1)
     model, x = mlp(5, 16, 3), torch.zeros(1, 5)
     table = LatencyTable.measure(model, x, "onnxruntime")
     assert table.about["runtime"] == "onnxruntime"
@@ -238,9 +244,7 @@ def test_bad_arguments(options, says):
         slimmable.search(mlp(4, 8, 2), lambda net: 0.0, 0.5, **options)
 
 
-def test_a_table_is_a_file_or_measured_on_the_spot(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_NETWORKS", 1)
-    monkeypatch.setattr(latency, "_ROUNDS", 2)
+def test_a_table_is_a_file_or_measured_on_the_spot(tmp_path, quick):
     model = slimmable.slimify(timm.create_model("test_resnet", num_classes=4), WIDTHS, universal=True)
     LatencyTable.measure(model).save(tmp_path / "table.json")
     for given in ({}, {"table": tmp_path / "table.json"}):
@@ -250,7 +254,7 @@ def test_a_table_is_a_file_or_measured_on_the_spot(tmp_path, monkeypatch):
         slimmable.search(model, lambda net: 0.0, 1.0, of="latency", table=tmp_path / "no.json")
 
 
-def test_the_command_writes_a_table_that_a_search_reads(tmp_path, capsys):
+def test_the_command_writes_a_table_that_a_search_reads(tmp_path, capsys, quick):
     path = tmp_path / "table.json"
     given = {"model": "test_resnet", "num_classes": 4, "image_size": 32, "widths": (1.0, 0.5), "output": path}
     threads = torch.get_num_threads()
