@@ -99,21 +99,16 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
     _label_tensors(fake.model, context, skip)
     operations = _Operations(context, fake)
 
-    def pin_inputs(path: str, inputs: Any) -> None:
-        context.at("skip", path)
-        context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
-
-    def pin_sources(sources: Sequence[Tensor]) -> None:
-        context.at("branch", fake.running)
-        context.pin_all(sources, "code depends on its numbers")
+    def pin(operation: str, why: str, read: Sequence[Tensor]) -> None:
+        context.at(operation, fake.running)
+        context.pin_all(read, why)
 
     def note_call(path: str, args: Any, out: Any) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
         axes = [] if source is None else context.axes(source)
         context.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
-    notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
-    noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
+    noted = swapped([(vars(fake), "on_read", pin), (vars(fake), "on_call", note_call)])
     with noted, _traced_attributes(fake.model, context):
         try:
             output = fake.run(operations, _Calls(context, operations))
@@ -122,8 +117,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
         except Exception as error:
             raise _failed(fake, context, error) from error
     _follow_sizes(fake, context)
-    context.caches = fake.reach.caches
-    for cache in ((path, name) for path, names in context.caches.items() for name in names):
+    for cache in ((path, name) for path, names in fake.reach.caches.items() for name in names):
         context.tensors.pop(cache, None)
     context.at("output", "")
     context.use(output_tensors(output))
