@@ -100,7 +100,8 @@ class Reach:
         self._model = model
         self._places: dict[int, _Place] = {}
         self._memos: dict[int, Any] = {}
-        self._names, self._spaces, self._met = set(_CALLED), list[Any](), set[int]()
+        self._spaces, self._met = list[Any](), set[int]()
+        self.names = set(_CALLED)  # all that its code names
         todo: list[Any] = [model]
         with PROCESS:
             while todo:
@@ -111,7 +112,7 @@ class Reach:
                         todo += [] if _is_foreign(thing) else self._follow(thing)
                 for space in self._spaces:
                     built = {"__init__"} if isinstance(space, type) and issubclass(space, nn.Module) else set()
-                    found = [vars(space)[name] for name in (self._names & vars(space).keys()) - built]
+                    found = [vars(space)[name] for name in (self.names & vars(space).keys()) - built]
                     todo += [thing for thing in found if id(thing) not in self._met and not isinstance(thing, _ATOMS)]
 
     def _follow(self, thing: Any) -> Iterable[Any]:
@@ -122,14 +123,14 @@ class Reach:
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
             names = {name for code in codes_in(thing.__code__) for name in code.co_names}
-            self._names |= names
-            self._add(thing.__globals__, self._names, space=True)
+            self.names |= names
+            self._add(thing.__globals__, self.names, space=True)
             self._add(vars(thing), space=True)
             known = [space[name] for space in (thing.__globals__, sys.modules) for name in names & space.keys()]
             return [*known, *vars(thing).values(), thing.__closure__, thing.__defaults__, thing.__kwdefaults__]
         if issubclass(kind, (type, ModuleType)):
             self._spaces.append(thing)
-            self._add(thing if issubclass(kind, type) else vars(thing), self._names, space=True)
+            self._add(thing if issubclass(kind, type) else vars(thing), self.names, space=True)
             return thing.__mro__ if issubclass(kind, type) else ()
         if kind is _Memo:
             self._memos[id(thing)] = thing

@@ -66,7 +66,6 @@ class Context:
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)  # module path, name -> labels
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `Reach`
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)  # by module path
     module: str = ""  # path of the module that is running
     operation: str = ""

@@ -28,12 +28,12 @@ _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs errors that
 class FakeModel:
     """A copy of a model, in evaluation mode, with fake parameters and buffers, which have shapes but no values.
 
-    Modules in `replayed` return these outputs in turn; `on_replay` gets their path and inputs. `on_branch` gets tensors
-    whose numbers code asks for, and `on_call` the path, the arguments and the output of each module that has run.
+    Modules in `replayed` return these outputs in turn. `on_read` gets "skip" or "branch", the reason, and the tensors
+    whose numbers they or branches read; `on_call` the path, the arguments and the output of each module that has run.
     """
 
-    on_replay: Callable[..., None] = staticmethod(lambda *_: None)
-    on_branch = on_call = on_replay
+    on_read: Callable[..., None] = staticmethod(lambda *_: None)
+    on_call = on_read
 
     def __init__(self, model: nn.Module, example: Arguments, replayed: Mapping[str, list[Any]] | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,7 +76,7 @@ class FakeModel:
         self.on_call(path, args, output)
 
     def _replay(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        self.on_replay(path, (args, kwargs))
+        self.on_read("skip", "read by a module that runs only with numbers", output_tensors((args, kwargs)))
         return map_tensors(self._fake_input, next(self._replays[path]))
 
     @property
@@ -89,7 +89,8 @@ class FakeModel:
         self._stack[1:] = []
         for buffer in self.model.buffers():
             buffer.__dict__.pop("slim_value", None)
-        values = KnownNumbers(self._buffers, self.on_branch) if self._where is self.mode else nullcontext()
+        on_branch = partial(self.on_read, "branch", "code depends on its numbers")
+        values = KnownNumbers(self._buffers, on_branch) if self._where is self.mode else nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
         self._replays = {path: iter(outputs) for path, outputs in self._replayed.items()}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])

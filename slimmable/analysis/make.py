@@ -38,9 +38,8 @@ def make_plan(
     while True:
         fake = FakeModel(model, example, replayed)
         try:
-            plan = Plan(**rules.rules())
-            found = best_trace(fake, rules, stays, outputs)
-            failed = first_failure(fake, filled_plan(fake, found, plan))
+            plan = filled_plan(fake, best_trace(fake, rules, stays, outputs), rules)
+            failed = first_failure(fake, plan)
         except TraceError as error:
             outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
@@ -56,7 +55,7 @@ def make_plan(
             continue
         if failed is None:
             made = fake.made
-            del fake, found  # and with them, all that may hold tensors of the runs
+            del fake  # and with it, all that may hold tensors of the runs
             sweep(made)
             return plan
         path, reason = failed
@@ -188,9 +187,9 @@ def _pin(labels: Labels, failure: Failure) -> bool:
 
 
 # -- the plan
-def filled_plan(fake: FakeModel, solution: Solution, plan: Plan) -> Plan:
-    """Fill an empty plan with what a trace and its solution have found, and return it."""
-    model, found, grouping = fake.model, solution.trace, solution.grouping
+def filled_plan(fake: FakeModel, solution: Solution, rules: Plan) -> Plan:
+    """Return the plan of what a trace and its solution have found, by the rules of an empty one."""
+    plan, model, found, grouping = Plan(**rules.rules()), fake.model, solution.trace, solution.grouping
     labels, shared = found.labels, dict[bytes, Ids]()
 
     def units_of(ids: Ids) -> Ids:
@@ -230,7 +229,7 @@ def filled_plan(fake: FakeModel, solution: Solution, plan: Plan) -> Plan:
         [(macs, tuple(map(units_of, axes))) for macs, axes, _ in found.products],
         {name.rpartition(".")[::2]: tuple(tensor.shape) for name, tensor in model.named_parameters()},
     )
-    plan.caches = found.caches
+    plan.caches = fake.reach.caches
     plan.fill([counts[:-1].tolist() for counts in solution.counts])
     for (path, name), axes in found.tensors.items():
         for axis, ids in ((axis, ids) for axis, ids in enumerate(axes) if ids is not None):

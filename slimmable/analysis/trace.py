@@ -1,8 +1,8 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import named_tensors, output_tensors, tensors
-from slimmable._modules import is_under, size_axes, swapped, tensors_of, unannounced
+from slimmable._modules import is_under, size_axes, swapped, tensors_of
 from slimmable._reach import written
 from slimmable._tables import listed
 from slimmable.analysis import _rules
@@ -99,30 +99,25 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
     _label_tensors(fake.model, context, skip)
     operations = _Operations(context, fake)
 
-    def pin_inputs(path: str, inputs: Any) -> None:
-        context.at("skip", path)
-        context.pin_all(output_tensors(inputs), "read by a module that runs only with numbers")
-
-    def pin_sources(sources: Sequence[Tensor]) -> None:
-        context.at("branch", fake.running)
-        context.pin_all(sources, "code depends on its numbers")
+    def pin(operation: str, why: str, read: Sequence[Tensor]) -> None:
+        context.at(operation, fake.running)
+        context.pin_all(read, why)
 
     def note_call(path: str, args: Any, out: Any) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
         axes = [] if source is None else context.axes(source)
         context.calls.setdefault(path, []).append(ModuleCall(source, axes, out))
 
-    notes = {"on_replay": pin_inputs, "on_branch": pin_sources, "on_call": note_call}
-    noted = swapped([(vars(fake), name, note) for name, note in notes.items()])
-    with noted, _traced_attributes(fake.model, context), _followed_sizes(fake.model, context):
+    noted = swapped([(vars(fake), "on_read", pin), (vars(fake), "on_call", note_call)])
+    with noted, _traced_attributes(fake.model, context):
         try:
             output = fake.run(operations, _Calls(context, operations))
         except RuleError:
             raise
         except Exception as error:
             raise _failed(fake, context, error) from error
-    context.caches = fake.reach.caches
-    for cache in ((path, name) for path, names in context.caches.items() for name in names):
+    _follow_sizes(fake, context)
+    for cache in ((path, name) for path, names in fake.reach.caches.items() for name in names):
         context.tensors.pop(cache, None)
     context.at("output", "")
     context.use(output_tensors(output))
@@ -131,35 +126,17 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
     return context
 
 
-@contextmanager
-def _followed_sizes(model: nn.Module, context: Context) -> Iterator[None]:
-    """Require the size attributes of torch's layers that the forward in the block reads to follow the weights."""
-    layers = {path: (module, type(module)) for path, module in model.named_modules() if size_axes(module)}
-    read = set[tuple[str, str]]()
-
-    def property_of(path: str, name: str) -> property:
-        def get(module: Any) -> Any:
-            read.add((path, name))
-            return module.__dict__[name]
-
-        return property(get)
-
-    for path, (module, kind) in layers.items():
-        names = {name: property_of(path, name) for name in size_axes(module) if name in module.__dict__}
-        module.__class__ = unannounced(kind, names)
-    try:
-        yield
-    finally:
-        for module, kind in layers.values():
-            module.__class__ = kind
-    for path, name in sorted(read):
-        module, axis = layers[path][0], size_axes(layers[path][0])[name]
-        weight = module._parameters["weight"]
-        size = size_of(context.tensors[path, "weight"][axis], weight.shape[axis])
-        if axis and "groups" in module.__dict__:
-            size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
-        context.at(f"reading {name}", path)
-        context.on_equal(Expression("attribute", (path, name, ())), size)
+def _follow_sizes(fake: FakeModel, context: Context) -> None:
+    """Require the size attributes of torch's layers that the forward's code names to follow the weights."""
+    for path, module in fake.model.named_modules():
+        for name, axis in size_axes(module).items() if "weight" in module._parameters else ():
+            key = (path, name, ())
+            if name in fake.reach.names and key in context.attributes:
+                size = size_of(context.tensors[path, "weight"][axis], module.weight.shape[axis])
+                if axis and "groups" in vars(module):
+                    size = Expression("mul", (size, Expression("attribute", (path, "groups", ()))))
+                context.at(f"reading {name}", path)
+                context.on_equal(Expression("attribute", key), size)
 
 
 def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:

@@ -368,6 +368,18 @@ def test_sizes_that_the_code_computes_with_are_those_of_the_width():
     oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
 
 
+def test_a_size_that_only_training_reads_is_that_of_the_width():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (self.in_features**-0.5 if self.training else 1)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), Scaled(16, 3)), torch.randn(4, 8)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x).train()
+    with slimmable.at_width(slim, 0.5):
+        torch.testing.assert_close(slim(x), slimmable.extract(slim, 0.5)(x))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_latents_get_fewer_only_where_their_order_does_not_matter(causal):
     class Latents(nn.Module):
