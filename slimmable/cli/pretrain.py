@@ -96,7 +96,10 @@ class Training:
         views, *others = (drawn[at : at + self.method.views] for at in range(0, len(drawn), self.method.views))
         narrow = dict(zip(self.config.widths[1:], others, strict=False))  # none, unless each width has its own
         progress = self.step / self.steps
-        self._set_learning_rate(progress)
+        later = self.config.lr_after_slow_start
+        peak = self.config.lr if later is None or progress < self.config.slow_start else later
+        self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
+        self.schedule.step_update(self.step)
         torch.manual_seed(data.seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
         losses = self.method.step(
@@ -130,12 +133,6 @@ class Training:
         for *views, labels in data.load(self.views, self.workers, batch_sampler=keys, pin_memory=device.type == "cuda"):
             moved = (view.to(device, non_blocking=True) for view in views)
             yield [*map(self.normalise, moved), labels.to(device, non_blocking=True)]
-
-    def _set_learning_rate(self, progress: float) -> None:
-        later = self.config.lr_after_slow_start
-        peak = self.config.lr if later is None or progress < self.config.slow_start else later
-        self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
-        self.schedule.step_update(self.step)
 
     def check_finite(self) -> None:
         """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was, or none can change."""
