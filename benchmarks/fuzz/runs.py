@@ -124,7 +124,7 @@ def read_checkpoint(draw: random.Random, folder: Path) -> Input:
     def go_on() -> None:
         images = training.images
         own = Training(SMALL, new_method(SMALL, 1, 10), images, torch.device("cpu"))
-        own.resume(load_checkpoint(path, images.digest))
+        own.resume(*load_checkpoint(path, images.digest))
         assert 0 < own.step <= own.steps
         if own.step < own.steps:
             assert all(map(math.isfinite, own.take_step().values()))

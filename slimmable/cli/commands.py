@@ -67,17 +67,15 @@ class Pretrain(_Machine):
     diagnostics: bool = option(False, "sample the gradients of the widths: their imbalance and divergence")
 
     def _run(self, **given: Any) -> int:
-        from slimmable.cli.pretrain import pretrain as run
-        from slimmable.cli.processes import process_group
-        from slimmable.cli.run import read_config
+        from slimmable.cli import pretrain, processes, run
 
         if self.resume:
-            config = read_config(self.output)
+            config = run.read_config(self.output)
             config.check_same(settings.with_preset(given, self.preset))
         else:
             config = settings.configure(given, self.preset)
-        with process_group(self._found_device()) as device:
-            return run(config, self, device)
+        with processes.process_group(self._found_device()) as device:
+            return pretrain.pretrain(config, self, device)
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,16 @@ class Evaluate(_Machine):
     probe_batch_size: int = option(256, "its images per step", within=FROM_1)
 
     def _run(self) -> None:
-        from slimmable.cli.data import load_images
-        from slimmable.cli.evaluation import report_run, rows_of_run
-        from slimmable.cli.processes import locked
-        from slimmable.cli.run import read_config, trained_method
+        from slimmable.cli import data, evaluation, processes, run
 
-        config = read_config(self.run)
+        config = run.read_config(self.run)
         if config.gate_budget is not None and "published" in self.probes:
             raise UsageError(f"--probes published is for a run with widths, and {self.run} has gates; leave it out")
-        with locked(self.run):
-            images = load_images(config)
-            method = trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
-            say(report_run(config, rows_of_run(config, method, images, self), images, self))
+        with processes.locked(self.run):
+            images = data.load_images(config)
+            method = run.trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
+            rows = evaluation.rows_of_run(config, method, images, self)
+            say(evaluation.report_run(config, rows, images, self))
             for path in self.run.glob("published*.safetensors"):
                 path.unlink()
 

@@ -27,6 +27,7 @@ from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at
 from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
+from slimmable.files.description import Tensors
 from slimmable.gating import GateBudget, gate_parameters, gate_plan
 from slimmable.losses import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method
@@ -95,7 +96,10 @@ class Training:
         views, *others = (drawn[at : at + self.method.views] for at in range(0, len(drawn), self.method.views))
         narrow = dict(zip(self.config.widths[1:], others, strict=False))  # none, unless each width has its own
         progress = self.step / self.steps
-        self._set_learning_rate(progress)
+        later = self.config.lr_after_slow_start
+        peak = self.config.lr if later is None or progress < self.config.slow_start else later
+        self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
+        self.schedule.step_update(self.step)
         torch.manual_seed(data.seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
         losses = self.method.step(
@@ -130,12 +134,6 @@ class Training:
             moved = (view.to(device, non_blocking=True) for view in views)
             yield [*map(self.normalise, moved), labels.to(device, non_blocking=True)]
 
-    def _set_learning_rate(self, progress: float) -> None:
-        later = self.config.lr_after_slow_start
-        peak = self.config.lr if later is None or progress < self.config.slow_start else later
-        self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
-        self.schedule.step_update(self.step)
-
     def check_finite(self) -> None:
         """Raise DivergedError if a parameter is infinite or NaN, as after a gradient that was, or none can change."""
         if self.scaler.get_scale() < _LEAST_SCALE:
@@ -146,29 +144,28 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint that `resume` returns to."""
-        runs.save_checkpoint(path, self.method.encoder, self._own(), self.step, self.images.digest)
+        runs.save_checkpoint(path, self._state(), self.step, self.images.digest)
 
-    def resume(self, checkpoint: runs.Checkpoint) -> None:
-        """Return to the state of `checkpoint`, or change nothing and raise CheckpointError if it is another's."""
-        done, saved = checkpoint.step, checkpoint.network | checkpoint.training
+    def resume(self, saved: Tensors, done: int) -> None:
+        """Return to the state of a checkpoint, or change nothing and raise CheckpointError if it is another's."""
         if not 0 < done <= self.steps:
             raise CheckpointError(f"the checkpoint is of step {done}, but the run has steps 1 to {self.steps}")
-        network, own = self.method.encoder.state_dict(), self._own()
-        runs.check_alike(network, checkpoint.network, "the network in the checkpoint")
-        runs.check_alike(own, checkpoint.training, "the training in the checkpoint")
-        for name, tensor in {**network, **own}.items():  # in its memory layout, which fused optimizers need
+        runs.check_alike(own := self._state(), saved, "the checkpoint")
+        for name, tensor in own.items():  # in its memory layout, which fused optimizers need
             tensor.copy_(saved[name])
-        scaler = {name.removeprefix("scaler."): own[name].item() for name in own if name.startswith("scaler.")}
+        at = f"{runs.TRAINING}scaler."
+        scaler = {name.removeprefix(at): tensor.item() for name, tensor in own.items() if name.startswith(at)}
         self.scaler.load_state_dict(self.scaler.state_dict() | scaler)
         self.step = done
         self._batches = self._draw()
 
-    def _own(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds besides the encoder."""
+    def _state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds: the encoder, and what else training needs."""
         state, scaler = self.method.state_dict(), self.scaler.state_dict()
         own = {f"method.{name}": tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         own |= {f"scaler.{name}": torch.tensor(scaler[name]) for name in ("scale", "_growth_tracker") if scaler}
-        return own | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        own |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        return self.method.encoder.state_dict() | {runs.TRAINING + name: tensor for name, tensor in own.items()}
 
 
 def make_optimizer(config: PretrainConfig, online: nn.Module) -> Optimizer:
@@ -307,7 +304,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
             raise UsageError(f"--gate-budget {config.gate_budget:g}: {closed}; choose a larger budget")
     training = Training(config, method, images, device, options.count_workers())
     if resumed:
-        training.resume(runs.load_checkpoint(checkpoint, images.digest))
+        training.resume(*runs.load_checkpoint(checkpoint, images.digest))
         _tell(options, f"continuing after step {training.step} of {training.steps}")
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)

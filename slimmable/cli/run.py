@@ -34,7 +34,7 @@ CONFIG = "config.json"
 MODEL = "model.safetensors"
 CLASSIFIER = "classifier.safetensors"
 _FORMAT = "slimmable pretrain 1"
-_TRAINING = "training."  # before the names of what resuming needs besides the state dict of the network
+TRAINING = "training."  # before the names of what a checkpoint holds besides the state dict of the network
 _SOURCES = ("hf-hub:", "local-dir:")  # of models, as timm names them
 
 
@@ -201,24 +201,14 @@ def read_config(folder: Path) -> PretrainConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The tensors of the network and of its training, and the number of steps done."""
-
-    network: dict[str, Tensor]
-    training: dict[str, Tensor]
-    step: int
-
-
-def save_checkpoint(path: Path, network: nn.Module, training: Tensors, step: int, images: str | None = None) -> None:
+def save_checkpoint(path: Path, tensors: Tensors, step: int, images: str | None = None) -> None:
     """Write the checkpoint, or raise CheckpointError and leave an earlier one at `path` as it was."""
-    tensors = network.state_dict() | {_TRAINING + name: tensor for name, tensor in training.items()}
     metadata = {"format": _FORMAT, "step": str(step)} | ({} if images is None else {"images": images})
     write_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path: Path, images: str | None = None) -> Checkpoint:
-    """Read what `save_checkpoint` wrote; refuse it if it is none, or of images with another digest than `images`."""
+def load_checkpoint(path: Path, images: str | None = None) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors that `save_checkpoint` wrote and the number of steps done; refuse those of other images."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
@@ -227,8 +217,7 @@ def load_checkpoint(path: Path, images: str | None = None) -> Checkpoint:
     if images and images != (then := metadata.get("images", images)):
         files = f"the files of the run (then {then}; now {images})"
         raise UsageError(f"--data no longer holds {files}; put them back, or start a new run")
-    training = {name[len(_TRAINING) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_TRAINING)}
-    return Checkpoint(tensors, training, step)
+    return tensors, step
 
 
 def check_alike(expected: Tensors, given: Tensors, what: str) -> None:
@@ -254,10 +243,11 @@ def load_exactly(module: nn.Module, tensors: Tensors, what: str) -> None:
 
 def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: str | None = None) -> methods.Method:
     """Return the method of the run in `folder` with trained weights, in eval mode; `digest` is that of its images."""
-    checkpoint = load_checkpoint(folder / CHECKPOINT, digest)
-    scores = checkpoint.network.get("projector.bias", torch.empty(0))
+    tensors, _ = load_checkpoint(folder / CHECKPOINT, digest)
+    network = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
+    scores = network.get("projector.bias", torch.empty(0))
     method = new_method(config, channels, scores.numel())  # the size of a classifier
-    load_exactly(method.encoder, checkpoint.network, str(folder / CHECKPOINT))
+    load_exactly(method.encoder, network, str(folder / CHECKPOINT))
     return method.eval()
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from slimmable._atomic import write_aside
 from slimmable._checks import check_whole, checked
@@ -109,7 +108,7 @@ def export(
     files = list[File]()
 
     def fill(aside: Path) -> None:
-        one, three = (_numbers(batch_of(network, example_inputs, size)) for size in (1, 3))
+        one, three = (batch_of(network, example_inputs, size) for size in (1, 3))
         program: Program
         if kind == "safetensors":
             save(network, aside, arguments=arguments)
@@ -157,17 +156,3 @@ def _run(model: nn.Module, *args: Any, width: float | None = None, **kwargs: Any
     """Run a model at a width; at None, it has none."""
     with nullcontext() if width is None else at_width(model, width):
         return model(*args, **kwargs)
-
-
-def _numbers(example: Inputs) -> Inputs:
-    """Return the example with random numbers instead of zeros of floats, which would hide differences."""
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(tensor: Tensor) -> Tensor:
-        plain = tensor.to("cpu")
-        if not tensor.is_floating_point() or tensor.any():
-            return plain
-        return torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-
-    args, kwargs = tree_map_only(Tensor, filled, (example.args, example.kwargs))
-    return Inputs(*args, **kwargs)

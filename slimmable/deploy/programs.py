@@ -29,14 +29,20 @@ Names = tuple[Sequence[str], Sequence[str]]  # of inputs and outputs
 
 
 def batch_of(model: nn.Module, example_inputs: Any, size: int) -> Inputs:
-    """Return `size` of the examples, in turn. A batch axis is a first one as long as that of the first tensor."""
-    example = example_of(model, example_inputs)
+    """Return `size` of the examples, in turn, on the CPU, with random numbers instead of zeros, which hide differences.
+
+    A batch axis is a first one as long as that of the first tensor.
+    """
+    example, generator = example_of(model, example_inputs), torch.Generator().manual_seed(0)
     length = next((len(tensor) for tensor in tensors(example) if tensor.ndim), 0)
 
     def resized(tensor: Tensor) -> Tensor:
-        return tensor[torch.arange(size) % length] if tensor.ndim and len(tensor) == length else tensor
+        if length and tensor.ndim and len(tensor) == length:
+            tensor = tensor[torch.arange(size) % length]
+        zeros = tensor.is_floating_point() and not tensor.any()
+        return torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) if zeros else tensor.to("cpu")
 
-    args, kwargs = tree_map_only(Tensor, resized, example) if length else example
+    args, kwargs = tree_map_only(Tensor, resized, example)
     return Inputs(*args, **kwargs)
 
 

@@ -175,7 +175,7 @@ def test_a_signal_ends_a_run_at_a_checkpoint_and_then_reaches_the_program(
         signal.signal(number, before)
     assert reached == [number]
     assert "interrupted after step 3 of 8; continue with: slimmable pretrain" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").step == 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")[1] == 3
     slimmable.pretrain(resume=True, output=tmp_path / "run", device="cpu", workers=0, quiet=True)
     assert contents(tmp_path / "run") == contents(run)
 

@@ -53,7 +53,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(tiny, tmp_path, monkeypat
     message = capsys.readouterr().err
     assert "step 7: the loss is nan at width 0.5; the last good checkpoint is" in message
     assert f"{folder / 'checkpoint.safetensors'}" in message
-    assert load_checkpoint(folder / "checkpoint.safetensors").step == 4
+    assert load_checkpoint(folder / "checkpoint.safetensors")[1] == 4
 
 
 def test_before_the_first_checkpoint_there_is_none_to_name(tiny, tmp_path, monkeypatch, capsys):
@@ -245,7 +245,7 @@ def test_each_signal_leaves_a_checkpoint_and_its_exit_code(name, code, tiny, tmp
     assert f"interrupted after step 4 of 8; continue with: slimmable pretrain --output {folder} --resume" in (
         capsys.readouterr().out
     )
-    assert load_checkpoint(folder / "checkpoint.safetensors").step == 4
+    assert load_checkpoint(folder / "checkpoint.safetensors")[1] == 4
     assert not list(folder.glob(".*"))
 
 
@@ -257,7 +257,7 @@ def test_a_second_interrupt_does_not_wait_for_a_checkpoint(tiny, tmp_path, monke
     broken_before(5, monkeypatch, twice)
     assert main(["pretrain", *tiny, "--output", str(tmp_path / "run")]) == 130
     assert "interrupted after step 5" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").step == 4
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")[1] == 4
 
 
 def test_hanging_up_does_not_stop_what_nohup_started():

@@ -84,25 +84,25 @@ def no_room():
 def test_full_disk_keeps_the_checkpoint(tmp_path, request):
     path = tmp_path / "checkpoint.safetensors"
     network = nn.Linear(64, 64)
-    save_checkpoint(path, network, {"queue": torch.ones(3)}, step=7)
+    save_checkpoint(path, network.state_dict() | {"training.queue": torch.ones(3)}, step=7)
     before = network.weight.detach().clone()
     request.getfixturevalue("no_room")
     nn.init.zeros_(network.weight)
     with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint.safetensors .*previous one is unharmed"):
-        save_checkpoint(path, network, {"queue": torch.ones(3)}, step=8)
-    found = load_checkpoint(path)
-    assert found.step == 7
-    assert torch.equal(found.network["weight"], before)
+        save_checkpoint(path, network.state_dict() | {"training.queue": torch.ones(3)}, step=8)
+    found, step = load_checkpoint(path)
+    assert step == 7
+    assert torch.equal(found["weight"], before)
     assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
 
 
 def test_checkpoint_of_another_model_lists_what_differs(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, nn.Linear(4, 8), {}, step=1)
+    save_checkpoint(path, nn.Linear(4, 8).state_dict(), step=1)
     other = nn.Linear(5, 8, bias=False)
     before = other.weight.detach().clone()
     with pytest.raises(CheckpointError) as caught:
-        load_exactly(other, load_checkpoint(path).network, "the checkpoint")
+        load_exactly(other, load_checkpoint(path)[0], "the checkpoint")
     assert "\n  unknown: bias" in str(caught.value)
     assert "\n  of another shape: weight (8, 4), expected (8, 5)" in str(caught.value)
     assert torch.equal(other.weight, before)

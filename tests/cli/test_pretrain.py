@@ -49,13 +49,13 @@ def test_run_folder(run):
 def test_the_configuration_says_what_was_asked_for(run):
     """The queue is a shorter one, as there are 64 images only; that follows from them anew when a run goes on."""
     assert json.loads((run / "config.json").read_text())["queue_size"] == 256
-    assert load_checkpoint(run / "checkpoint.safetensors").training["method.moco.queue"].shape == (64, 16)
+    assert load_checkpoint(run / "checkpoint.safetensors")[0]["training.method.moco.queue"].shape == (64, 16)
 
 
 def test_subnetworks_are_what_the_checkpoint_extracts(run):
     example = torch.zeros(2, 1, 24, 24)
     backbone = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=example)
-    tensors = load_checkpoint(run / "checkpoint.safetensors").network
+    tensors, _ = load_checkpoint(run / "checkpoint.safetensors")
     prefix = "backbone."
     backbone.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
     with open(run / "metrics.csv") as file:
@@ -107,7 +107,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tiny, run, tmp_path, monkey
         interrupt_after(steps, patch)
         assert main(["pretrain", *tiny, "--output", str(folder)]) == 130
     assert f"continue with: slimmable pretrain --output {folder} --resume" in capsys.readouterr().out
-    assert load_checkpoint(folder / "checkpoint.safetensors").step == steps
+    assert load_checkpoint(folder / "checkpoint.safetensors")[1] == steps
     assert main(["pretrain", "--output", str(folder), "--resume", "--device", "cpu", "--workers", "0"]) == 0
     assert_same_results(folder, run)
 
@@ -197,7 +197,7 @@ def test_a_universal_run_has_statistics_for_all_its_widths(tiny, tmp_path, capsy
     options = [*tiny, "--widths", "1", "0.5", "0.25", "--universal", "--method", "supervised", "--output", str(folder)]
     assert main(["pretrain", *options]) == 0
     assert "untrained" in capsys.readouterr().out
-    tensors = load_checkpoint(folder / "checkpoint.safetensors").network
+    tensors, _ = load_checkpoint(folder / "checkpoint.safetensors")
     for place in range(2):
         assert not torch.equal(tensors[f"backbone.bn1.narrow.{place}.running_var"], torch.ones(16 // 2 ** (place + 1)))
     before = (folder / "metrics.csv").read_text()
@@ -231,13 +231,13 @@ def test_a_run_in_float16_resumes_to_the_same_numbers_and_skips_what_overflows(o
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)
         assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 130
-    stopped = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").training
-    assert 2.0 < stopped["scaler.scale"] < 2.0**50
-    assert stopped["scaler._growth_tracker"].dtype == torch.int64
+    stopped, _ = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    assert 2.0 < stopped["training.scaler.scale"] < 2.0**50
+    assert stopped["training.scaler._growth_tracker"].dtype == torch.int64
     resume = ["--resume", "--device", "cpu", "--workers", "0"]
     assert main(["pretrain", "--output", str(tmp_path / "run"), *resume]) == 0
     assert_same_results(tmp_path / "run", tmp_path / "whole")
-    whole, run = (load_checkpoint(tmp_path / name / "checkpoint.safetensors").training for name in ("whole", "run"))
+    whole, run = (load_checkpoint(tmp_path / name / "checkpoint.safetensors")[0] for name in ("whole", "run"))
     assert all(torch.equal(whole[name], run[name]) for name in whole)
 
 

@@ -11,7 +11,15 @@ import torch
 import slimmable
 from slimmable.__main__ import main
 from slimmable.cli.config import configure
-from slimmable.cli.run import CLASSIFIER, load_checkpoint, make_teacher, new_method, read_config, read_start
+from slimmable.cli.run import (
+    CLASSIFIER,
+    load_checkpoint,
+    make_teacher,
+    new_method,
+    read_config,
+    read_start,
+    trained_method,
+)
 from slimmable.errors import CheckpointError, SlimmableError, UsageError
 
 IMAGE = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -100,7 +108,7 @@ def test_a_classifier_stays_if_the_number_of_classes_fits(tmp_path, classes):
 def test_weights_of_a_slimmable_network_keep_what_each_width_learnt(supervised):
     own = read_config(supervised)
     assert own.init is None
-    trained = load_checkpoint(supervised / "checkpoint.safetensors").network
+    trained, _ = load_checkpoint(supervised / "checkpoint.safetensors")
     for source in (supervised, supervised / CLASSIFIER):
         settings = configure({"method": "supervised", "widths": (1.0, 0.5), "init": str(source), "seed": 1})
         method = started(settings, 1, 10)
@@ -111,14 +119,13 @@ def test_weights_of_a_slimmable_network_keep_what_each_width_learnt(supervised):
 
 
 def test_the_classifier_of_a_run_is_a_file_of_its_own(supervised):
-    whole, trained = slimmable.load(supervised / CLASSIFIER), load_checkpoint(supervised / "checkpoint.safetensors")
+    whole = slimmable.load(supervised / CLASSIFIER)
     assert slimmable.widths_of(whole) == (1.0, 0.5)
-    method = new_method(read_config(supervised), 1, 10)
-    method.encoder.load_state_dict(trained.network)
+    method = trained_method(read_config(supervised), supervised, 1)
     images = torch.rand(3, 1, 24, 24)
     for width in (1.0, 0.5):
         with torch.no_grad(), slimmable.at_width(method, width):
-            expected = method.eval().encoder(images)
+            expected = method.encoder(images)
             torch.testing.assert_close(slimmable.extract(whole, width)(images), expected, rtol=1e-4, atol=1e-5)
     assert "own classifier" in (supervised / "metrics.md").read_text()
 
@@ -161,10 +168,8 @@ def test_a_resumed_run_needs_its_start_no_more(tmp_path, supervised, capsys):
 
 @pytest.mark.parametrize("teach", ["cosine", "scores"])
 def test_teachers_are_networks_of_the_full_width(tmp_path, supervised, teach):
-    method = new_method(read_config(supervised), 1, 10)
-    method.encoder.load_state_dict(load_checkpoint(supervised / "checkpoint.safetensors").network)
+    method = trained_method(read_config(supervised), supervised, 1)
     images = torch.rand(3, 1, 24, 24)
-    method.eval()
     with torch.no_grad():
         expected = (method.backbone if teach == "cosine" else method.encoder)(images)
         for source in (supervised, supervised / CLASSIFIER):
@@ -238,7 +243,7 @@ def test_a_run_is_taught_and_resumed_and_exported(tmp_path, supervised):
     options = ["--num-images", "64", "--batch-size", "16", "--epochs", "1", "--widths", "1", "0.5", "--workers", "0"]
     line = ["pretrain", *options, "--method", "distillation", "--device", "cpu", "--output", str(tmp_path / "out")]
     assert main([*line, "--teacher", str(supervised)]) == 0
-    assert not any("teacher" in name for name in load_checkpoint(tmp_path / "out" / "checkpoint.safetensors").network)
+    assert not any("teacher" in name for name in load_checkpoint(tmp_path / "out" / "checkpoint.safetensors")[0])
     assert main(["pretrain", "--output", str(tmp_path / "out"), "--resume", "--device", "cpu"]) == 0
     written = ("--width", "0.5", "--format", "safetensors", "--output", str(tmp_path / "files"))
     assert main(["export", str(tmp_path / "out"), *written]) == 0
