@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from slimmable._checks import check_floats, check_is_module, check_matrices, check_module, check_not_negative, checked
 from slimmable._distributed import gather
-from slimmable._inputs import is_size
 from slimmable._numerics import at_least_float32
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
-from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, LayerMacs, PlannedGate, macs_for
+from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, PlannedGate, plan_for
 from slimmable.view.norms import SwitchableContainer, SwitchableNorm, copy_of_norm, inner_modules
 from slimmable.view.recompute import Active, switch, switched
 from slimmable.view.state import Indices
@@ -245,10 +244,9 @@ class GatedPass:
     `torch.utils.checkpoint.checkpoint` need `use_reentrant=False` for that.
     """
 
-    def __init__(self, root: nn.Module | None, gates: list[LayerGates]) -> None:
-        self._root = root  # that `gate` returned
+    def __init__(self, plan: GatePlan | None, gates: list[LayerGates]) -> None:
+        self._plan = plan  # that of the model, if `gate` returned it, for images of the size that it runs on
         self._records: dict[LayerGates, list[Decision]] = {each: [] for each in gates}
-        self._sizes: dict[tuple[int, ...], LayerMacs] = {}
 
     def masks(self) -> dict[str, Tensor]:
         """Return gate name, the maker's with `/1` from its second gate on -> mask, shape (images, units).
@@ -267,34 +265,33 @@ class GatedPass:
             raise UsageError(f"the gates have decided for different numbers of images ({counts}): {why}")
         return found
 
-    def layer_macs(self, input_size: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    def layer_macs(self) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
         They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
-        its name and `.channel_gate`. `input_size` is one image's, such as (3, 224, 224), by default the example's.
-        Raises: UsageError: as `masks`; also if the model has run on images of another size.
+        its name and `.channel_gate`.
+        Raises: UsageError: as `masks`; also if the model has run on images of another size than `gated` was told.
         """
         masks = {name: mask.double() for name, mask in self.masks().items()}
-        found, macs, counts = self._plan(input_size)
-        by_group = {gate.group: masks[gate.name] for gate in found.gates}
-        layers = macs.by_layer(by_group, counts)
+        plan, counts = self._costs()
+        layers = plan.macs.by_layer({gate.group: masks[gate.name] for gate in plan.gates}, counts)
         for gates in self._records:
             cost = getattr(gates.module_at(self._width_index()), "macs", 0)
             layers[f"{gates.name}.{GATE}"] = masks[gates.name].new_full((len(masks[gates.name]),), cost)
         return layers
 
-    def macs(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+    def macs(self) -> Tensor:
         """Return the multiply-adds of each image, with the gates: shape (images,), float64; else as `layer_macs`."""
-        return torch.stack(list(self.layer_macs(input_size).values())).sum(0)
+        return torch.stack(list(self.layer_macs().values())).sum(0)
 
-    def dense_macs(self, input_size: tuple[int, ...] | None = None) -> float:
+    def dense_macs(self) -> float:
         """Return the multiply-adds of one image in the dense pass, at the width at which the model has run."""
-        _, macs, counts = self._plan(input_size)
-        return macs.total(counts)
+        plan, counts = self._costs()
+        return plan.macs.total(counts)
 
-    def share(self, input_size: tuple[int, ...] | None = None) -> Tensor:
+    def share(self) -> Tensor:
         """Return the multiply-adds of each image as a share of the dense pass's: shape (images,)."""
-        return self.macs(input_size) / self.dense_macs(input_size)
+        return self.macs() / self.dense_macs()
 
     def _width_index(self) -> int:
         """Return the index of the width at which the model has run, or of the active one if it has not."""
@@ -303,34 +300,26 @@ class GatedPass:
             raise UsageError("the model has run at several widths; give each a `with gated(model)` block of its own")
         return found.pop() if found else next(iter(self._records))._slim.index
 
-    def _plan(self, input_size: tuple[int, ...] | None) -> tuple[GatePlan, LayerMacs, tuple[int, ...]]:
-        """Return the gate plan, the multiply-adds for images of a size, and the units that the width keeps."""
-        if self._root is None:
+    def _costs(self) -> tuple[GatePlan, tuple[int, ...]]:
+        """Return the gate plan, which has the multiply-adds, and the units that the width keeps."""
+        if self._plan is None:
             raise UsageError("multiply-adds are known only for the model that gate returned; this is a part of it")
-        found: GatePlan = self._root.__dict__[PLAN]
-        macs = found.macs
-        if input_size is not None:
-            if not is_size(input_size) or not input_size:
-                raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {input_size!r}")
-            size = tuple(input_size)
-            if size not in self._sizes:
-                self._sizes[size] = macs_for(self._root, found, size)
-            macs = self._sizes[size]
         for gates, record in self._records.items():
-            expected = macs.positions[gates.name.partition("/")[0]]
+            expected = self._plan.macs.positions[gates.name.partition("/")[0]]
             for positions in {decision.positions for decision in record} - {expected}:
                 what = f"has read {positions} positions, but would read {expected}"
-                raise UsageError(f"{gates.name} {what}; give the input_size that the model has run on")
-        return found, macs, found.plan.columns[self._width_index()].counts
+                raise UsageError(f"{gates.name} {what}; give gated the input_size that the model runs on")
+        return self._plan, self._plan.plan.columns[self._width_index()].counts
 
 
 @contextmanager
-def gated(model: nn.Module) -> Iterator[GatedPass]:
+def gated(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Iterator[GatedPass]:
     """Run a block with the gates on, and yield the record of their decisions; the previous pass is restored afterwards.
 
     In training mode the gates decide with noise, in eval mode without; untrained gates give a warning in eval mode.
-    `model` may be wrapped. A copy made inside the block stays gated, so make copies outside.
-    Raises: UsageError: if the model has no gates, or holds several gated models.
+    `model` may be wrapped. A copy made inside the block stays gated, so make copies outside. Multiply-adds are counted
+    for images of `input_size`, such as (3, 224, 224), by default that of the example.
+    Raises: UsageError: if the model has no gates, or holds several gated models, or `input_size` is no size.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> model = slimmable.gating.gate(net, example_inputs=torch.zeros(2, 4))
@@ -349,7 +338,7 @@ def gated(model: nn.Module) -> Iterator[GatedPass]:
         batches = first.norm.num_batches_tracked
         if batches is not None and not batches.is_meta and batches == 0:
             warnings.warn("the gates of this model were never trained; what they open is random", stacklevel=3)
-    run = GatedPass(next(iter(roots.values()), None), gates)
+    run = GatedPass(next((plan_for(root, input_size) for root in roots.values()), None), gates)
     undecided = [(each.decision, Decision(record=record)) for each, record in run._records.items()]
     with _during(Pass.GATED, model), switched(undecided):
         yield run

@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked, shown
 from slimmable._convert import Skip, plain, plan_of, skipper
-from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, output_tensors
+from slimmable._inputs import MOST, Arguments, example_of, image_batch, is_index, is_size, output_tensors
 from slimmable._widths import width_index
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.labels import Ids
 from slimmable.analysis.make import best_trace, filled_plan
 from slimmable.analysis.plan import Grouping, Plan
-from slimmable.errors import CheckpointError, ConversionError
+from slimmable.errors import CheckpointError, ConversionError, UsageError
 from slimmable.view.state import is_slim
 
 GATE = "channel_gate"  # the name of the gates in the layer whose units they open and close
@@ -172,9 +172,15 @@ def gate_plan(model: nn.Module, *, example_inputs: Any = None, skip: Skip = ()) 
     return GatePlan(tuple(gates), tuple(refused), finder.plan, macs, encode(example))
 
 
-def macs_for(model: nn.Module, found: GatePlan, size: tuple[int, ...]) -> LayerMacs:
-    """Return the multiply-adds of a gated model for images of another size than its example's."""
-    return _Finder(model, example_of(model, image_batch(model, size, images=1)), found.plan).layer_macs(found.gates)
+def plan_for(model: nn.Module, size: tuple[int, ...] | None) -> GatePlan:
+    """Return the gate plan of a gated model, with the multiply-adds for images of a size, by default the example's."""
+    found: GatePlan = model.__dict__[PLAN]
+    if size is None:
+        return found
+    if not is_size(size) or not size:
+        raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {size!r}")
+    example = example_of(model, image_batch(model, size, images=1))
+    return replace(found, macs=_Finder(model, example, found.plan).layer_macs(found.gates))
 
 
 class _RefusedError(Exception):

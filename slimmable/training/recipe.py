@@ -22,6 +22,7 @@ from slimmable.training import around
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Loss: TypeAlias = "Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]"
+Modules: TypeAlias = Iterable[nn.Module]
 P = ParamSpec("P")
 
 
@@ -73,8 +74,8 @@ class SlimRecipe:
         seed: int = 0,
         *,
         steps: int | None = None,
-        frozen: Iterable[nn.Module] = (),
-        once: Iterable[nn.Module] = (),
+        frozen: Modules = (),
+        once: Modules = (),
         backward: Callable[[Tensor], object] | None = None,
     ) -> None:
         if distill is not None and not (callable(distill) and hasattr(distill, "teachers")):
@@ -108,12 +109,7 @@ class SlimRecipe:
         return {**self.__dict__, "_step": None, "_calls": None, "_optimizers": around.OptimizerCheck(self.model)}
 
     def backward(
-        self,
-        closure: Callable[[], Loss],
-        *,
-        frozen: Iterable[nn.Module] = (),
-        once: Iterable[nn.Module] = (),
-        backward: Callable[[Tensor], object] | None = None,
+        self, closure: Callable[[], Loss], *, backward: Callable[[Tensor], object] | None = None, **modules: Modules
     ) -> Tensor:
         """Add up the gradients of one step over its widths, and return the loss of the widest, detached.
 
@@ -124,22 +120,21 @@ class SlimRecipe:
                 distillation compares what the model returned: scores or embeddings (..., classes), maps (batch,
                 classes, height, width), the `logits` of a dict; for a model that returns its loss, what the last module
                 directly in it returned; of two matrices of one shape, two views, most kinds their `nt_xent_logits`.
-            frozen, once, backward: as for the class; modules add to those given there.
+            backward: as for the class.
+            modules: `frozen` and `once`, as for the class, which add to those given there.
 
         Raises: UsageError: if a slow start lacks `steps`, or distillation has nothing to compare. Also as `loss`.
         """
         run_backward = self._backward if backward is None else backward
         check_function("SlimRecipe", closure=closure, backward=run_backward)
         with averaged_once(self.model):
-            for part in self.parts(closure, frozen=frozen, once=once):
+            for part in self.parts(closure, **modules):
                 kind = part.device.type  # the whole step may be in autocast
                 with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
                     run_backward(part)
         return self.losses[1.0]
 
-    def total(
-        self, closure: Callable[[], Loss], *, frozen: Iterable[nn.Module] = (), once: Iterable[nn.Module] = ()
-    ) -> Tensor:
+    def total(self, closure: Callable[[], Loss], **modules: Modules) -> Tensor:
         """Return the weighted sum of all widths' losses, for code that calls `backward` itself.
 
         All widths' graphs are alive until then. Arguments and errors are those of `backward`.
@@ -150,12 +145,10 @@ class SlimRecipe:
         >>> bool(total.isclose(sum(recipe.losses.values())))
         True
         """
-        parts = self.parts(closure, frozen=frozen, once=once)
+        parts = self.parts(closure, **modules)
         return torch.stack([part - self._step.excess if self._step else part for part in parts]).sum()
 
-    def parts(
-        self, closure: Callable[[], Loss], *, frozen: Iterable[nn.Module] = (), once: Iterable[nn.Module] = ()
-    ) -> Iterator[Tensor]:
+    def parts(self, closure: Callable[[], Loss], *, frozen: Modules = (), once: Modules = ()) -> Iterator[Tensor]:
         """Yield each width's part of the loss, whose backward pass belongs before the next; then count the step.
 
         Arguments and errors are those of `backward`.

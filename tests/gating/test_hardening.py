@@ -166,7 +166,7 @@ def test_what_is_no_loader_and_no_gated_model(call):
 
 def test_bad_arguments():
     model = gated_model()
-    with slimmable.gating.gated(model) as run:
+    with slimmable.gating.gated(model):
         scores = model(IMAGES)
     for given in (None, scores, model, {}):
         with pytest.raises(UsageError, match=f"with gated.*got {type(given).__name__}"):
@@ -179,6 +179,6 @@ def test_bad_arguments():
             GateBudget(0.3, **setting)
     for size in (24, "24"):
         with pytest.raises(UsageError, match="input_size must be the size of one image"):
-            run.share(size)
+            slimmable.gating.gated(model, size).__enter__()
     with pytest.raises(slimmable.errors.ConversionError, match="one row per image"):
         slimmable.gating.gate(plain(), example_inputs=IMAGES[:0])

@@ -118,6 +118,12 @@ def gated_run() -> gating.GatedPass:
     return run
 
 
+def pass_gated(model: nn.Module, input_size: tuple[int, ...] | None) -> None:
+    with gating.gated(model, input_size) as run:
+        model(X)
+    run.share()
+
+
 def moco() -> training.MoCo:
     return training.MoCo(nn.Linear(4, 4), 4, 8)
 
@@ -985,12 +991,9 @@ CALLS: dict[str, Call] = {
     "gating.ChannelGate.forward": Call(
         {"pooled": MATRIX.but(a_row_less="a batch like another")}, of=lambda: gating.ChannelGate(4, 8).eval()
     ),
-    "gating.gated": Call({"model": GATED}),
+    "gating.gated": Call({"model": GATED, "input_size": SIZE}, run=pass_gated),
     "gating.dense": Call({"model": GATED}),
     "gating.GatePlan.least_share": Call({"width": bad.number(1.0)}, of=lambda: gating.gate_plan(gated_model())),
-    "gating.GatedPass.layer_macs": Call({"input_size": SIZE}, of=gated_run),
-    **{f"gating.GatedPass.{name}": Call({"input_size": SIZE}, of=gated_run) for name in ("macs", "share")},
-    "gating.GatedPass.dense_macs": Call({"input_size": SIZE}, of=gated_run),
     "gating.annealed": Call(
         {
             "epoch": bad.real(1.0),
