@@ -83,10 +83,6 @@ class SwitchableContainer(HasWidths):
             self._compared += 1
             check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
 
-    def extra_repr(self) -> str:
-        """Return the widths and the active one."""
-        return f"widths={self.widths}, width={self.width}"
-
 
 class _Linked(Function):
     """The identity, whose backward reaches further tensors, with zeros for a static graph, which else drops them."""
