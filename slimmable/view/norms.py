@@ -114,6 +114,7 @@ class Switchable(SwitchableContainer):
 
     full: nn.Module
     narrow: nn.ModuleList
+    _torch_class: ClassVar[type[nn.Module] | None] = None  # that of the full module, if this class's name says so
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
     def __init__(self, full: nn.Module, columns: Sequence[Column]) -> None:
@@ -268,7 +269,8 @@ class Switchable(SwitchableContainer):
         self.__dict__["_loading"] = (prefix, reports)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
+        full = self.full.extra_repr() if type(self.full) is self._torch_class else repr(self.full)
+        return f"{type(self).__name__}({full}, {self.extra_repr()})"
 
 
 class SwitchableNorm(Switchable):
