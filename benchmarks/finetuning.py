@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from slimmable._checks import check_classes, check_finite, check_labelled, checked
+from slimmable._checks import check_classes, check_features, check_labelled, checked
 from slimmable.errors import DataError, UsageError
 from slimmable.evaluation import as_input, outputs_of
 from slimmable.view.state import is_slim
@@ -68,7 +68,7 @@ def finetune(
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
-    check_finite("finetune: features of the first images", features)
+    check_features("finetune: features of the first images", features, labels[:2])
     classifier = skip_init(nn.Linear, features.shape[1], classes, device=features.device)  # draws no random numbers
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
