@@ -177,10 +177,8 @@ class Switchable(SwitchableContainer):
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the modules of all widths and of an active guest."""
-        yield self.full
-        for name in self._lists:
-            yield from self._modules.get(name) or ()  # type: ignore[misc]
-        yield from filter(None, [self._slim.now.module])
+        for child in self.children():
+            yield from child if isinstance(child, nn.ModuleList) else (child,)
 
     def children(self) -> Iterator[nn.Module]:
         """Yield an active guest, too, so that it follows modes, types and devices."""
