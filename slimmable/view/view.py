@@ -270,8 +270,7 @@ def add_properties(
 def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
     """Return the subclass of `base` with properties for these names; each class is made only once."""
     *properties, buffers = names
-    body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"_slim_base": base, "_slim_view": (base, names)}
+    body: dict[str, Any] = {"_slim_base": base, "_slim_view": (base, names)}
     for make, own in zip((_tensor_property, _value_property, _cache_property), properties, strict=True):
         body |= {name: make(name) for name in own}
     return unannounced(base, body, _ViewedWithBuffers if buffers else _Viewed)
