@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from slimmable._checks import check_classes, check_finite, check_labelled, checked
+from slimmable._checks import check_classes, check_features, check_labelled, checked
 from slimmable._modules import in_eval_mode
 from slimmable.errors import DataError, UsageError
 from slimmable.evaluation import as_input
@@ -28,7 +28,7 @@ def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the fraction of images whose largest class score is that of their label."""
     check_labelled("accuracy_of: images", images, labels)
     scores = outputs_of(model, images)
-    check_finite("accuracy_of: scores", scores)
+    check_features("accuracy_of: scores", scores, labels)
     return float((scores.argmax(1) == labels.to(scores.device)).float().mean())
 
 
@@ -84,7 +84,7 @@ def finetune(
         raise DataError(
             f"finetune: the backbone gives features of shape {tuple(features.shape)}, expected (batch, features)"
         )
-    check_finite("finetune: features of the first images", features)
+    check_features("finetune: features of the first images", features, labels[:2])
     classifier = skip_init(nn.Linear, features.shape[1], classes, device=features.device)  # draws no random numbers
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)

@@ -1,12 +1,11 @@
 """Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
-import weakref
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, compress
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from slimmable._numerics import at_least_float32
 from slimmable.errors import DataError, UsageError
 
 _BUCKET = 25 * 2**20  # about the bytes in one reduction, as in DistributedDataParallel
-_trained: "deque[tuple[weakref.ref[nn.Module], str]]" = deque(maxlen=10_000)  # modules that had gradients, at a width
+_trained = WeakKeyDictionary[nn.Module, set[str]]()  # the widths at which modules had gradients
 
 
 def in_group() -> bool:
@@ -79,7 +78,7 @@ def averages_itself(model: nn.Module) -> bool:
 
 def note_width(module: nn.Module, width: object) -> None:
     """Note that a module gets gradients at a width, for `average_gradients` to compare between processes."""
-    _trained.append((weakref.ref(module), str(width)))
+    _trained.setdefault(module, set()).add(str(width))
 
 
 def means_over_processes(*values: Tensor) -> list[float]:
@@ -121,9 +120,7 @@ def average_gradients(model: nn.Module) -> None:
         return
     if has_shards(parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
-    modules, device = set(model.modules()), parameters[0].device
-    widths = {width for module, width in _trained if module() in modules}
-    _trained.clear()
+    device, widths = parameters[0].device, {width for each in model.modules() for width in _trained.pop(each, ())}
     check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)

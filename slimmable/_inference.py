@@ -232,5 +232,4 @@ class _Twins:
 @cache
 def _twin_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass whose objects hold these attributes themselves, apart from the dict that they share."""
-    body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return unannounced(base, body | {"__slots__": names, "__call__": nn.Module._call_impl})
+    return unannounced(base, {"__slots__": names, "__call__": nn.Module._call_impl})

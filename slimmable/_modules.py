@@ -95,7 +95,7 @@ def empty_cache(blank: object) -> object:
     return blank if isinstance(blank, Tensor) else copy.copy(blank)
 
 
-def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -> type[nn.Module]:
+def unannounced(base: type[nn.Module], body: dict[str, Any], *mixins: type) -> type[nn.Module]:
     """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry."""
     # so that modules can be given the class, its first base with attributes must follow the same one without, as
     # `ABC` in `class Base(ABC, nn.Module)`
@@ -104,7 +104,8 @@ def unannounced(base: type[nn.Module], body: Mapping[str, Any], *mixins: type) -
         root = root.__base__
     own = {"__init_subclass__": classmethod(lambda cls, **kwargs: None), "__module__": __name__, "__orig_bases__": ()}
     quiet = type("_Unannounced", (root.__base__ or object,), own)
-    return type(base.__name__, (quiet, *mixins, base), dict(body))
+    as_base = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (quiet, *mixins, base), as_base | body)
 
 
 def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:

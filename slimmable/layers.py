@@ -286,12 +286,6 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
         switchable._fill(module, widths, slim, rounding)
         return switchable
 
-    def __repr__(self) -> str:
-        if type(self.full) is not self._torch_class:
-            return super().__repr__()
-        full = self.full.extra_repr()  # type: ignore[no-untyped-call]
-        return f"{type(self).__name__}({full}, {self.extra_repr()})"
-
 
 class SwitchableBatchNorm1d(_SwitchableBatchNorm):
     """One `nn.BatchNorm1d` per width; everything is as in `SwitchableBatchNorm2d`.

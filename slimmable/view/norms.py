@@ -83,10 +83,6 @@ class SwitchableContainer(HasWidths):
             self._compared += 1
             check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
 
-    def extra_repr(self) -> str:
-        """Return the widths and the active one."""
-        return f"widths={self.widths}, width={self.width}"
-
 
 class _Linked(Function):
     """The identity, whose backward reaches further tensors, with zeros for a static graph, which else drops them."""
@@ -118,6 +114,7 @@ class Switchable(SwitchableContainer):
 
     full: nn.Module
     narrow: nn.ModuleList
+    _torch_class: ClassVar[type[nn.Module] | None] = None  # that of the full module, if this class's name says so
     _lists: ClassVar[dict[str, int]] = {"narrow": 1}  # of all norms but the full one -> the first one's width, by index
 
     def __init__(self, full: nn.Module, columns: Sequence[Column]) -> None:
@@ -180,10 +177,8 @@ class Switchable(SwitchableContainer):
 
     def norms(self) -> Iterator[nn.Module]:
         """Yield the modules of all widths and of an active guest."""
-        yield self.full
-        for name in self._lists:
-            yield from self._modules.get(name) or ()  # type: ignore[misc]
-        yield from filter(None, [self._slim.now.module])
+        for child in self.children():
+            yield from child if isinstance(child, nn.ModuleList) else (child,)
 
     def children(self) -> Iterator[nn.Module]:
         """Yield an active guest, too, so that it follows modes, types and devices."""
@@ -272,7 +267,8 @@ class Switchable(SwitchableContainer):
         self.__dict__["_loading"] = (prefix, reports)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.full!r}, {self.extra_repr()})"
+        full = self.full.extra_repr() if type(self.full) is self._torch_class else repr(self.full)
+        return f"{type(self).__name__}({full}, {self.extra_repr()})"
 
 
 class SwitchableNorm(Switchable):

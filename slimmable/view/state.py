@@ -3,6 +3,7 @@
 import copy
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view.recompute import Active
+from slimmable.view.recompute import Active, switched
 
 Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -144,6 +145,10 @@ class WidthState(Active[Column]):
         """The position of the active column, or -1 for a guest."""
         return operator.index(self.active.index)  # makes it a constant for torch.compile, even in torch 2.6
 
+    def at_full(self) -> AbstractContextManager[None]:
+        """Run a block at the full width."""
+        return switched([(self, self.columns[0])])
+
     def keep(self, columns: Iterable[Column]) -> None:
         """Have these columns and no others."""
         self.columns = [*columns]
@@ -157,6 +162,13 @@ class HasWidths(nn.Module):
     """A module with a width state."""
 
     _slim: WidthState
+
+    def extra_repr(self) -> str:
+        """Return the settings at full width, then the widths and the active one."""
+        with self._slim.at_full():
+            full = super().extra_repr()
+        width = f"widths={self._slim.widths}, width={self._slim.active.width}"
+        return f"{full}, {width}" if full else width
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """Return a replica, which runs in another thread, with a state of its own: what is active here."""

@@ -7,7 +7,6 @@ The Parameters stay full-size under their own names, where optimizers and state 
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -18,7 +17,6 @@ from torch.fx import Proxy
 from slimmable._modules import empty_cache, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
-from slimmable.view.recompute import switched
 from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, make_cut, put, state_of, take
 
 _Names: TypeAlias = "tuple[tuple[str, ...], ...]"  # tensors, values, caches, and which of the tensors are buffers
@@ -170,28 +168,16 @@ def _cache_property(name: str) -> property:
     return property(get, put)
 
 
-def _at_full(module: nn.Module) -> AbstractContextManager[None]:
-    state = module.__dict__["_slim"]
-    return switched([(state, state.columns[0])])
-
-
 class _Viewed(HasWidths):
     """The common base of all generated classes, before the module's own; it notices tools that would be wrong."""
 
     _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
     _slim_lent: Mapping[str, Tensor | None] = {}  # parameters of another module, part of which this one reads
 
-    def extra_repr(self) -> str:
-        """Return the settings at full width, then the widths and the active one."""
-        with _at_full(self):
-            full = super().extra_repr()
-        width = f"widths={self._slim.widths}, width={self._slim.active.width}"
-        return f"{full}, {width}" if full else width
-
     def __repr__(self) -> str:
         if self._slim_view[0].__repr__ is nn.Module.__repr__:
             return super().__repr__()
-        with _at_full(self):  # a class with its own `__repr__`, which may not use `extra_repr`
+        with self._slim.at_full():  # a class with its own `__repr__`, which may not use `extra_repr`
             return super().__repr__()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -214,7 +200,7 @@ class _Viewed(HasWidths):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the original class, since the generated one cannot be imported."""
-        with _at_full(self):  # recurrent layers refresh their list of weights here
+        with self._slim.at_full():  # recurrent layers refresh their list of weights here
             reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
@@ -284,8 +270,7 @@ def add_properties(
 def _viewed_class(base: type[nn.Module], names: _Names) -> type[nn.Module]:
     """Return the subclass of `base` with properties for these names; each class is made only once."""
     *properties, buffers = names
-    body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"_slim_base": base, "_slim_view": (base, names)}
+    body: dict[str, Any] = {"_slim_base": base, "_slim_view": (base, names)}
     for make, own in zip((_tensor_property, _value_property, _cache_property), properties, strict=True):
         body |= {name: make(name) for name in own}
     return unannounced(base, body, _ViewedWithBuffers if buffers else _Viewed)
