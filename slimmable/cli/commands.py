@@ -123,7 +123,7 @@ class _Network:
     num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
     image_size: int | None = option(None, **SIZE)
 
-    def _source(self, asked: Sequence[float | str]) -> tuple[Any, list[float], Path]:
+    def _source(self, asked: Sequence[float | str] = (ALL,)) -> tuple[Any, list[float], Path]:
         """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
         if self.pretrained and self.checkpoint is not None:
             raise UsageError("--pretrained is not allowed with --checkpoint: both say where the weights come from")
@@ -221,38 +221,28 @@ class Latency(_Network):
 
         from slimmable.deploy.latency import LatencyTable
 
-        source, _, _ = self._source((ALL,))
+        source, *_ = self._source()
         torch.set_num_threads(1)
-        example: Any = torch.zeros(1, *source.image)
-        LatencyTable.measure(source.model, example, self.runtime).save(self.output)  # type: ignore[arg-type]
+        given: Any = torch.zeros(1, *source.image), self.runtime
+        LatencyTable.measure(source.model, *given).save(self.output)
         say(f"wrote {self.output}, for the argument table of slimmable.search")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Print what would be slimmed in a timm model, and what stays full and why."""
-
-    name: str = option(help="a timm model", metavar="NAME")
-    image_size: int | None = option(None, **SIZE)
-    widths: tuple[float, ...] | None = option(None, **WIDTHS)
-    rounding: str = option("nearest", **ROUNDING)
-
-    def _source(self) -> Any:
-        from slimmable.cli.export import timm_source
-
-        return timm_source(_Network(self.name, widths=self.widths, rounding=self.rounding, image_size=self.image_size))
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Network):
+    """Print what is slimmed in a timm model, a saved model or a run, and what stays full and why."""
 
     def _run(self) -> None:
         from slimmable._convert import plan_of
 
-        say(str(plan_of(self._source().model)))
+        say(str(plan_of(self._source()[0].model)))
 
 
-@dataclass(frozen=True)
-class Profile(Plan):
-    """Print parameters, MACs, activations and latency of a timm model per width."""
+@dataclass(frozen=True, kw_only=True)
+class Profile(_Network):
+    """Print parameters, MACs, activations and latency of a timm model, a saved model or a run per width."""
 
-    csv: Path | None = option(None, "also write the table as CSV", metavar="FILE")
+    csv: Path | None = option(None, "also write the table as CSV", metavar="FILE", group="table")
 
     def _run(self) -> None:
         from slimmable._atomic import write_aside
@@ -260,7 +250,7 @@ class Profile(Plan):
 
         if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
             raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
-        source = self._source()
+        source, *_ = self._source()
         table = measure(source.model, source.image)
         say(str(table))
         if self.csv is not None:

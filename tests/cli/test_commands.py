@@ -73,6 +73,15 @@ def test_plan_prints_what_is_pinned(capsys):
     assert "fc.weight[0]" in output
 
 
+def test_plan_and_profile_take_saved_models(tmp_path, capsys):
+    model = slimmable.slimify(timm.create_model("test_resnet", num_classes=3), (1.0, 0.3))
+    slimmable.save(model, tmp_path / "model.safetensors")
+    assert main(["plan", str(tmp_path / "model.safetensors")]) == 0
+    assert capsys.readouterr().out.rstrip() == str(slimmable.plan(model))
+    assert main(["profile", str(tmp_path / "model.safetensors"), "--image-size", "32"]) == 0
+    assert f"{slimmable.profile(model, (3, 32, 32), repeats=0).rows[1].macs:,}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("rounding", "kept"), [("nearest", (45, 90, 179)), ("floor", (44, 89, 179))])
 def test_every_command_keeps_the_units_of_its_rounding(rounding, kept, tmp_path, capsys):
     options = ["--widths", "1", "0.7", "--rounding", rounding]
