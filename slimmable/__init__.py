@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from slimmable._convert import extract, plan, slimify
     from slimmable._inference import inference
     from slimmable._inputs import Inputs
-    from slimmable._profile import profile
+    from slimmable._profile import profile, search
     from slimmable._repair import repair
-    from slimmable._search import search
     from slimmable._width import AllWidths, at_width, run_widths, set_width, width_of, widths_of
     from slimmable.cli.calls import pretrain
     from slimmable.deploy.export import export
@@ -56,7 +55,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = (
-    "_convert", "_inference", "_inputs", "_profile", "_repair", "_search", "_width", "deploy.export", "errors",
+    "_convert", "_inference", "_inputs", "_profile", "_repair", "_width", "deploy.export", "errors",
     "files.hub", "files.model", "files.slimclr", "layers", "losses", "rules", "training", "cli.calls",
 )  # fmt: skip
 _SUBMODULES = (

@@ -30,6 +30,7 @@ from benchmarks.importance.search import WIDTHS, trained
 from benchmarks.measuring import append_rows, interleaved, markdown, origin, read_rows
 from slimmable.deploy import LatencyTable
 from slimmable.deploy.onnx import save_onnx, to_onnx
+from slimmable.training.batchnorm import collect_statistics
 
 HERE = Path(__file__).parent
 MODELS = (("resnet18", "torch"), ("vit_tiny_patch16_224", "torch"), ("resnet18", "onnxruntime"))
@@ -65,6 +66,37 @@ def predicted(name: str, runtime: str, networks: int) -> Iterator[dict[str, obje
         yield {"model": name, "runtime": runtime, "network": at, **found}
 
 
+def evolved(model: Any, evaluate: Any, budget: float, tries: int, calibrate: Any) -> tuple[tuple[int, ...], float]:
+    """Return counts and score of the best sub-network within a budget of multiply-adds, as Once-for-All searches.
+
+    It is the best of so many: the uniform width, a fifth drawn at random, and mutations and crosses of the best quarter
+    so far, each as wide as the budget lets it be (Cai et al. 2020, arXiv 1908.09791, section 3.4).
+    """
+    plan, draw = slimmable.plan(model), random.Random(0)
+    bounds, limit = [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)], budget * plan.columns[0].macs
+    rate = max(0.1, 1 / len(bounds))  # of mutations
+    best: list[tuple[float, tuple[int, ...], list[float]]] = []  # scores, counts, shares of what groups may keep
+    for number in range(tries):
+        shares = [draw.random() if number else 1.0 for _ in bounds]
+        if number > tries // 5:
+            one, other = draw.choices([each for *_, each in best[: max(2, len(best) // 4)]], k=2)
+            if draw.random() < 0.5:
+                shares = [new if draw.random() < rate else old for old, new in zip(one, shares, strict=True)]
+            else:
+                shares = [draw.choice(pair) for pair in zip(one, other, strict=True)]
+        scale, sub = 2.0, plan.columns[0]
+        while sub.macs > limit:
+            parts = zip(bounds, (min(1, scale * share) for share in shares), strict=True)
+            sub = plan.near(tuple(low + round(part * (most - low)) for (low, most), part in parts))
+            scale *= 0.95
+        if all(counts != sub.counts for _, counts, _ in best):
+            with slimmable.at_width(model, sub.counts):
+                collect_statistics(model, calibrate)
+                best.append((evaluate(model), sub.counts, shares))
+            best.sort(key=lambda each: -each[0])
+    return best[0][1], best[0][0]
+
+
 def searched(seed: int, epochs: int, step: float) -> Iterator[dict[str, object]]:
     """Yield what both searches and the uniform width find within each budget."""
     torch.manual_seed(seed)
@@ -82,18 +114,18 @@ def searched(seed: int, epochs: int, step: float) -> Iterator[dict[str, object]]
 
     for budget in BUDGETS:
         evaluations = 0
-        options: dict[str, Any] = {"calibrate": batches[:2], "progress": False}
-        [greedy] = slimmable.search(model, evaluate, budget, step=step, **options)
-        count = evaluations
-        [evolved] = slimmable.search(model, evaluate, budget, evolution=count, **options)
-        [one] = slimmable.search(model, evaluate, budget, evolution=1, **options)
-        for name, best, tries in (("uniform", one, 1), ("greedy", greedy, count), ("evolution", evolved, count)):
-            slimmable.calibrate_bn(model, batches, [best.counts])
-            with slimmable.at_width(model, best.counts):
+        [greedy] = slimmable.search(model, evaluate, budget, step=step, calibrate=batches[:2], progress=False)
+        tries = {"uniform": 1, "greedy": evaluations, "evolution": evaluations}
+        for name, count in tries.items():
+            counts, score = greedy.counts, greedy.score
+            if name != "greedy":
+                counts, score = evolved(model, evaluate, budget, count, batches[:2])
+            slimmable.calibrate_bn(model, batches, [counts])
+            with slimmable.at_width(model, counts):
                 percent = accuracy(model, data.test, data.test_labels)
-            share = f"{best.macs / plan.columns[0].macs:.3f}"
-            found = {"share": share, "held_out": f"{best.score:.2f}", "accuracy": f"{percent:.2f}"}
-            yield {"seed": seed, "budget": budget, "search": name, "evaluations": tries, **found}
+            share = f"{plan.sub_network(counts).macs / plan.columns[0].macs:.3f}"
+            found = {"share": share, "held_out": f"{score:.2f}", "accuracy": f"{percent:.2f}"}
+            yield {"seed": seed, "budget": budget, "search": name, "evaluations": count, **found}
 
 
 def tables(folder: Path) -> None:

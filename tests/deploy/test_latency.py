@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import slimmable
+from benchmarks.latency.__main__ import evolved
 from slimmable.cli.commands import run
 from slimmable.deploy import LatencyTable, latency
 from slimmable.errors import CheckpointError, ConversionError, UsageError
@@ -191,9 +192,9 @@ def test_of_one_group_it_finds_the_widest_within_the_budget(clock):
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6, 1.0])
-def test_evolution_keeps_the_budget_and_is_never_worse_than_the_uniform_width(budget):
+def test_the_evolutionary_search_of_the_benchmark_keeps_the_budget(budget):
     model, seen = mlp(5, 16, 12, 20, 3), []
-    plan = slimmable.plan(model)
+    plan, x = slimmable.plan(model), [torch.randn(8, 5)]
 
     def evaluate(net):
         seen.append(value(net))
@@ -201,13 +202,12 @@ def test_evolution_keeps_the_budget_and_is_never_worse_than_the_uniform_width(bu
 
     for tries in (1, 2, 10, 60):
         seen.clear()
-        [found] = slimmable.search(model, evaluate, budget, evolution=tries, progress=False)
-        assert found.macs <= budget * plan.columns[0].macs
+        counts, score = evolved(model, evaluate, budget, tries, x)
+        assert plan.sub_network(counts).macs <= budget * plan.columns[0].macs
         assert len(seen) <= tries
-        assert found.score == max(seen) >= seen[0]
-        assert all(low <= count for low, count in zip(plan.columns[-1].counts, found.counts, strict=True))
+        assert score == max(seen) >= seen[0]
+        assert all(low <= count for low, count in zip(plan.columns[-1].counts, counts, strict=True))
     assert slimmable.width_of(model) == 1.0
-    assert slimmable.search(model, value, budget, evolution=60, progress=False) == [found]
 
 
 def test_evolution_comes_near_the_best_of_all():
@@ -220,15 +220,8 @@ def test_evolution_comes_near_the_best_of_all():
         return 3 * counts[0] ** 0.5 + counts[1] ** 0.5
 
     best = max(score(sub.counts) for sub in every if sub.macs <= limit)
-    [found] = slimmable.search(model, value, 0.5, evolution=80, progress=False)
-    assert 0.9 * best <= found.score <= best
-
-
-def test_evolution_keeps_multiples():
-    net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 2))
-    model = slimmable.slimify(net, WIDTHS, example_inputs=torch.zeros(1, 4), universal=True, round_to=8)
-    [found] = slimmable.search(model, value, 0.5, evolution=20, progress=False)
-    assert all(count % 8 == 0 for count in found.counts)
+    _, found = evolved(model, value, 0.5, 80, [torch.randn(8, 5)])
+    assert 0.9 * best <= found <= best
 
 
 @pytest.mark.parametrize(
@@ -236,7 +229,6 @@ def test_evolution_keeps_multiples():
     [
         ({"table": 3}, "a table is for of='latency', not of='macs'"),
         ({"of": "latency", "table": 3}, "path must be a path, got 3"),
-        ({"evolution": 0}, "evolution must be .*, got 0"),
     ],
 )
 def test_bad_arguments(options, says):

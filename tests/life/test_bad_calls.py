@@ -487,7 +487,6 @@ CALLS: dict[str, Call] = {
             "step": bad.open_fraction(0.25),
             "calibrate": LOADER.optional(),
             "table": Argument(lambda: None, {**bad.path(lambda: None).optional().bad}),
-            "evolution": bad.count(2).optional(),
             "progress": FLAG,
         }
     ),
