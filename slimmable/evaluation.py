@@ -28,7 +28,7 @@ from slimmable.view.view import install_view
 
 __all__ = [
     "Accuracies", "evaluate_features", "evaluate_widths", "knn_accuracy",
-    "label_fraction", "linear_evaluation", "probe_loss", "ridge_classifier", "train_probe", "train_slimmable_probe",
+    "label_fraction", "linear_evaluation", "probe_loss", "ridge_classifier", "train_probe",
 ]  # fmt: skip
 
 Features = Mapping[float, Tensor]
@@ -162,7 +162,7 @@ def evaluate_features(
         train, test: width -> features of shape (images, features of this width), including width 1.0.
         train_labels, test_labels: class numbers, shape (images,); moved to the device of the features.
         probes: "knn" is `knn_accuracy`, "linear" a classifier per width (`train_probe`), "ridge" one in closed form
-            (`ridge_classifier`), "slimmable" one for all widths (`train_slimmable_probe`, which says what it needs).
+            (`ridge_classifier`), "slimmable" one for all widths (`train_probe` with `shared`, which says more).
         k, metric, temperature: of the neighbours, as in `knn_accuracy`.
 
     Raises: DataError: if a set is empty, or labels or features do not match. WidthError: if width 1.0 is missing.
@@ -181,8 +181,8 @@ def evaluate_features(
         classes = _check_sets("evaluate_features", at, train[width], train_labels, test[width], test_labels)
     device = train[1.0].device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    kinds: dict[str, Callable[..., nn.Module]] = {"linear": train_probe, "slimmable": train_slimmable_probe}
-    trained = {name: kinds[name](train, train_labels, num_classes=classes) for name in kinds if name in probes}
+    named = [name for name in ("linear", "slimmable") if name in probes]
+    trained = {name: train_probe(train, train_labels, shared=name != "linear", num_classes=classes) for name in named}
     found = {}
     for width in widths:
         shares: dict[str, float] = {}
@@ -307,99 +307,68 @@ def train_probe(
     features: Features,
     labels: Tensor,
     *,
+    shared: bool = False,
     num_classes: int | None = None,
     epochs: int = 90,
     batch_size: int = 256,
     learning_rate: float = 0.1,
     seed: int = 0,
-) -> SwitchableProbe:
-    """Train one linear classifier per width on frozen features, all of them in the same steps.
+) -> nn.Module:
+    """Train one linear classifier per width on frozen features, all of them in the same steps: a `SwitchableProbe`.
 
     Uses SGD with momentum 0.9, no weight decay, and a cosine schedule. The features are scaled to zero mean and unit
     variance for training; the scales are then folded into the classifiers, which take the unscaled features.
 
+    With `shared`, for comparison, it is one classifier for all widths, whose first columns serve the narrow ones. In
+    linear regression it is optimal at every width only if the features of a narrow width are orthogonal to the others
+    over the images (SlimCLR, Zhao et al. 2024, theory). They must be the first ones of the full width, which `slimify`
+    ensures unless they are concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths`
+    does. The scales stay in a BatchNorm per width in front, so the result must stay in eval mode.
+
     Args:
         features: width -> features of shape (images, features of this width), including width 1.0.
         labels: class numbers, shape (images,), on the device of the features.
+        shared: as above.
         num_classes: number of classes; by default one more than the largest label.
         epochs, batch_size, learning_rate, seed: of the training, with the first learning rate, and the images' order.
 
-    Raises: DataError: if labels and features do not match. WidthError: if the full width is missing.
+    Raises: DataError: if labels and features do not match, or for `shared` a narrow width has more features than the
+        full one. WidthError: if the full width is missing.
 
     >>> wide = torch.cat([torch.eye(4)] * 8)
     >>> probe = train_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
     >>> probe(wide).argmax(1)[:4]
     tensor([0, 1, 2, 3])
     """
-    linears, moments = _trained(features, labels, False, num_classes, epochs, batch_size, learning_rate, seed)
-    with torch.no_grad():
-        for width, (mean, deviation) in moments.items():
-            linears[width].weight.div_(deviation)
-            linears[width].bias.sub_(linears[width].weight @ mean)
-    full = linears[1.0]
-    probe = SwitchableProbe(full.in_features, full.out_features, linears, device=labels.device)
-    probe.linears = nn.ModuleList(linears.values())
-    return probe
-
-
-@checked
-def train_slimmable_probe(
-    features: Features,
-    labels: Tensor,
-    *,
-    num_classes: int | None = None,
-    epochs: int = 90,
-    batch_size: int = 256,
-    learning_rate: float = 0.1,
-    seed: int = 0,
-) -> nn.Sequential:
-    """Train one linear classifier for all widths, whose first columns serve the narrow widths; for comparison.
-
-    In linear regression it is optimal at every width only if the features of a narrow width are orthogonal to the
-    others over the images (SlimCLR, Zhao et al. 2024, theory). Arguments and training are as in `train_probe`, but the
-    scales stay in a BatchNorm per width in front: the two take unscaled features, and must stay in eval mode.
-
-    The features of a narrow width must be the first ones of the full width. `slimify` ensures this unless they are
-    concatenated from several parts, as in DenseNet: then sort them first, as `evaluate_widths` does. Layers made with
-    `overlap=False` have no such features.
-    Raises: as `train_probe`, and DataError: if a narrow width has more features than the full one.
-
-    >>> wide = torch.cat([torch.eye(4)] * 8)
-    >>> probe = train_slimmable_probe({1.0: wide, 0.5: wide[:, :2]}, torch.arange(4).repeat(8), epochs=30)
-    >>> with slimmable.at_width(probe, 0.5):
-    ...     probe(wide[:, :2]).argmax(1)[:2], probe[1].weight.shape
-    (tensor([0, 1]), torch.Size([4, 2]))
-    """
-    linears, moments = _trained(features, labels, True, num_classes, epochs, batch_size, learning_rate, seed)
-    widths, linear, kept = tuple(moments), linears[1.0], [len(mean) for mean, _ in moments.values()]
-    norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
-    for index, (mean, deviation) in enumerate(moments.values()):
-        norm.module_at(index).load_state_dict({"running_mean": mean, "running_var": deviation.square()}, strict=False)
-    install_view(linear, widths, {"weight": [(None, count) for count in kept]}, {})
-    return nn.Sequential(norm, linear).eval()
-
-
-def _trained(
-    features: Features, labels: Tensor, shared: bool, *how: Any
-) -> tuple[dict[float, nn.Linear], dict[float, tuple[Tensor, Tensor]]]:
-    """Return width -> a classifier of scaled features, `shared` by all or its own, and their mean and deviation."""
-    num_classes, epochs, size, rate, seed = how
-    where, widths = "train_slimmable_probe" if shared else "train_probe", check_widths(features)
+    widths = check_widths(features)
     for width in widths:
-        classes = check_features(f"{where}: features of width {width}", features[width], labels, num_classes)
+        classes = check_features(f"train_probe: features of width {width}", features[width], labels, num_classes)
     exact = {width: features[width].float() for width in widths}
     moments = {width: (x.mean(0), x.std(0, correction=0).clamp(min=1e-6)) for width, x in exact.items()}
     scaled = {width: (exact[width] - mean) / std for width, (mean, std) in moments.items()}
     kept = [part.shape[1] for part in scaled.values()]
     if shared and max(kept) > kept[0]:
-        raise DataError(f"{where}: {kept} features at widths {widths}; the full width must have most")
+        raise DataError(f"train_probe: {kept} features at widths {widths}; the full width must have most")
     generator = torch.Generator().manual_seed(seed)
 
     def batches(_: int) -> Iterator[tuple[Features, Tensor]]:
-        for rows in torch.split(torch.randperm(len(labels), generator=generator).to(labels.device), size):
+        for rows in torch.split(torch.randperm(len(labels), generator=generator).to(labels.device), batch_size):
             yield {width: part[rows] for width, part in scaled.items()}, labels[rows]
 
-    return _minimised(scaled, classes, shared, batches, epochs, rate, milestones=None, path=None), moments
+    linears = _minimised(scaled, classes, shared, batches, epochs, learning_rate, milestones=None, path=None)
+    if shared:
+        norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
+        for at, (mean, std) in enumerate(moments.values()):
+            norm.module_at(at).load_state_dict({"running_mean": mean, "running_var": std.square()}, strict=False)
+        install_view(linears[1.0], widths, {"weight": [(None, count) for count in kept]}, {})
+        return nn.Sequential(norm, linears[1.0]).eval()
+    with torch.no_grad():
+        for width, (mean, std) in moments.items():
+            linears[width].weight.div_(std)
+            linears[width].bias.sub_(linears[width].weight @ mean)
+    probe = SwitchableProbe(kept[0], classes, widths, device=labels.device)
+    probe.linears = nn.ModuleList(linears.values())
+    return probe
 
 
 def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[float, Tensor]:

@@ -16,7 +16,6 @@ from slimmable.evaluation import (
     probe_loss,
     ridge_classifier,
     train_probe,
-    train_slimmable_probe,
 )
 from slimmable.training import GradientDiagnostics
 
@@ -30,7 +29,7 @@ NET = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     "train",
     [
         lambda **more: train_probe(CUT, Y, **more),
-        lambda **more: train_slimmable_probe(CUT, Y, **more),
+        lambda **more: train_probe(CUT, Y, **more, shared=True),
         lambda **more: finetune(NET, X, Y, **more),
     ],
 )
@@ -60,7 +59,7 @@ def test_settings_of_a_training(train, setting, says):
             DataError,
             "images must be a tensor, got ndarray",
         ),
-        (lambda: train_slimmable_probe({1.0: X[:, :2], 0.5: X}, Y), DataError, r"\[2, 4\] features at widths"),
+        (lambda: train_probe({1.0: X[:, :2], 0.5: X}, Y, shared=True), DataError, r"\[2, 4\] features at widths"),
         (lambda: ridge_classifier(X.to(torch.complex64), Y), DataError, "complex64, expected real"),
         (lambda: finetune(None, X, Y), UsageError, "finetune needs a torch.nn.Module"),
         (lambda: finetune(NET, X, Y, weight_decay=-1), UsageError, "weight_decay must be a finite number .* got -1"),
@@ -103,7 +102,7 @@ def test_knn_of_one_number_per_image():
     ("call", "says"),
     [
         (lambda bad: train_probe({1.0: X, 0.5: bad}, Y), r"width 0.5: 3 of 16 rows hold nan or infinity"),
-        (lambda bad: train_slimmable_probe({1.0: bad}, Y), r"width 1.0: 3 of 16 rows"),
+        (lambda bad: train_probe({1.0: bad}, Y, shared=True), r"width 1.0: 3 of 16 rows"),
         (lambda bad: ridge_classifier(bad, Y), "3 of 16 rows"),
         (lambda bad: knn_accuracy(bad, Y, X, Y), "knn_accuracy: train: 3 of 16 rows"),
         (lambda bad: knn_accuracy(X, Y, bad, Y), "knn_accuracy: test: 3 of 16 rows"),

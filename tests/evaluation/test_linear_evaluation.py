@@ -20,7 +20,6 @@ from slimmable.evaluation import (
     evaluate_widths,
     linear_evaluation,
     train_probe,
-    train_slimmable_probe,
 )
 from tests.evaluation.features import features_of
 
@@ -254,7 +253,7 @@ def test_probes_on_features_have_the_same_two_accuracies(backbone):
     (x, labels), (y, answers) = images_of(60), images_of(40, 1)
     features = [{width: features_of(backbone, images, width) for width in WIDTHS} for images in (x, y)]
     found = evaluate_features(features[0], labels, features[1], answers, probes=("linear", "slimmable"))
-    slim = train_slimmable_probe(features[0], labels, num_classes=7)
+    slim = train_probe(features[0], labels, num_classes=7, shared=True)
     for width, probe in zip(WIDTHS, train_probe(features[0], labels).linears, strict=True):
         with slimmable.at_width(slim, width):
             scores = {"linear": probe(features[1][width]), "slimmable": slim(features[1][width])}

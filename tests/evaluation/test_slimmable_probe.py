@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ from slimmable.evaluation import (
     probe_loss,
     ridge_classifier,
     train_probe,
-    train_slimmable_probe,
 )
 from tests.evaluation.features import features_of
 
@@ -81,7 +81,7 @@ def plain_training(features, labels, epochs, batch_size, learning_rate):
 def test_slimmable_probe_is_plain_training_of_one_classifier():
     x, labels = data(60)
     features = cut(100 * x)
-    probe = train_slimmable_probe(features, labels, epochs=6, batch_size=25)
+    probe = train_probe(features, labels, epochs=6, batch_size=25, shared=True)
     expected = plain_training(features, labels, 6, 25, 0.1)
     outputs = {}
     for width, part in features.items():
@@ -115,7 +115,7 @@ def test_probes_work_with_few_labels(images, features, classes, seed):
     x = torch.randn(images, features, generator=torch.Generator().manual_seed(seed))
     labels = torch.randint(0, classes, (images,), generator=torch.Generator().manual_seed(seed))
     given_features = {1.0: x, 0.5: x[:, : max(1, features // 2)]}
-    for train in (train_probe, train_slimmable_probe):
+    for train in (train_probe, partial(train_probe, shared=True)):
         probe = train(given_features, labels, num_classes=classes, epochs=2)
         for width, part in given_features.items():
             with slimmable.at_width(probe, width):
@@ -124,7 +124,7 @@ def test_probes_work_with_few_labels(images, features, classes, seed):
             assert scores.isfinite().all()
 
 
-@pytest.mark.parametrize("train", [train_probe, train_slimmable_probe])
+@pytest.mark.parametrize("train", [train_probe, partial(train_probe, shared=True)])
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
@@ -147,7 +147,7 @@ def test_evaluation_of_features_is_that_of_each_classifier():
     train, test = cut(x), cut(y)
     found = evaluate_features(train, labels, test, answers, probes=ALL, k=5)
     assert list(found) == [1.0, 0.5, 0.25]
-    linear, slim = train_probe(train, labels), train_slimmable_probe(train, labels)
+    linear, slim = train_probe(train, labels), train_probe(train, labels, shared=True)
     for index, width in enumerate(found):
         with slimmable.at_width(slim, width):
             scores = [linear.module_at(index)(test[width]), slim(test[width])]

@@ -940,8 +940,7 @@ CALLS: dict[str, Call] = {
     "evaluation.probe_loss": Call(
         {"scores": bad.maps_of(bad.tensor, lambda: {1.0: X.clone(), 0.5: X.clone()}), "labels": LABELS}
     ),
-    "evaluation.train_probe": Call(probe_training()),
-    "evaluation.train_slimmable_probe": Call(probe_training()),
+    "evaluation.train_probe": Call({**probe_training(), "shared": FLAG}),
     "evaluation.ridge_classifier": Call(
         {
             "features": FEATURES,
