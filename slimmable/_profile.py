@@ -223,8 +223,7 @@ def search(
 
     Args:
         model: a converted model, ideally a universal one trained with the sandwich rule.
-        evaluate: returns a score of the model at its active width, higher is better, such as the accuracy on images
-            held out from training.
+        evaluate: returns a score of the model at its active width, more is better, such as accuracy on held-out images.
         budget: share of the full network's cost, in (0, 1], or a sequence of such shares.
         of: the cost, "macs", "parameters" or "latency".
         table: for "latency", a `slimmable.deploy.LatencyTable` of this model, or its file; by default, one is measured.

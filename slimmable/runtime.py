@@ -201,54 +201,6 @@ class Cascade:
         spent = sum(self.macs.get(width, math.nan) * images for width, images in ran.items())
         return Answer(logits, widths, spent / max(1, len(widths)))
 
-    def calibrate(self, loader: Iterable[Any], target: float, *, of: Target = "accuracy") -> "Cascade":
-        """Choose thresholds on held-out images, and with them the widths that are worth running; return the cascade.
-
-        With `of="accuracy"` it becomes the cheapest with at least the share `target` of the full width's accuracy, with
-        `of="macs"` the most accurate that costs at most the share `target` of the full width, on average. On these
-        images no fixed width is better. Hold out some thousand images that the network was not trained on.
-
-        Args:
-            loader: batches (images, class numbers); of a model with several inputs, the class numbers come last.
-            target, of: a share of the full width's accuracy or "macs", in (0, 1].
-
-        Raises: UsageError: if an argument is invalid, or the narrowest width costs more than `target`. DataError: if
-            the model does not give class scores for a batch.
-        """
-        _check(0 < number_or_nan(target) <= 1, "target must be in (0, 1]", target)
-        _check(isinstance(of, str) and of in ("accuracy", "macs"), "of must be 'accuracy' or 'macs'", of)
-        order, parts = (*self.thresholds, self.widths[0]), []
-        for batch in loader if isinstance(loader, Iterable) else [loader]:
-            pair = isinstance(batch, (tuple, list)) and len(batch) > 1
-            _check(pair, "loader must give batches (images, class numbers)", batch)
-            scores = [self._scores(batch[:-1], width) for width in order]
-            with explained("loader must give class numbers", kind=DataError):
-                labels, classes = _array(batch[-1]), scores[0].shape[1]
-            fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
-            fit = fit and 0 <= labels.min() <= labels.max() < classes
-            _check(fit, f"loader must give a class number below {classes} for each image", batch)
-            parts.append([[self._sureness(x), _array(x).argmax(1) != labels] for x in scores])
-        _check(bool(parts), "loader must give batches (images, class numbers)", loader)
-        _check({*order} <= {*self.macs}, "macs must be given, as the file does not name multiply-adds", self.macs)
-        sure, wrong = np.concatenate(parts, 2).swapaxes(0, 1)  # of each width and image
-        share = np.array([self.macs[width] for width in order]) / self.macs[order[-1]]
-        ends = np.linspace(0, 1, max(2, int(_TRIED ** (1 / max(1, len(order) - 1))) - 1))
-        tried = [[-math.inf, *np.quantile(each, ends, method="lower")[1:], math.inf] for each in sure[:-1]]
-        means = []
-        for chosen in product(*reversed(tried)):
-            errors, spent = wrong[-1], np.array(share[-1])  # of each image that gets to a step
-            for threshold, at, is_wrong, cost in zip(chosen, sure[-2::-1], wrong[-2::-1], share[-2::-1], strict=True):
-                if threshold < math.inf:
-                    goes_on = at < threshold
-                    errors, spent = np.where(goes_on, errors, is_wrong), cost + goes_on * spent
-            means.append((float(errors.mean()), float(spent.mean()), chosen[::-1]))
-        most = 1 - target * (1 - wrong[-1].mean()) if of == "accuracy" else 1.0
-        fits = [each for each in means if each[0] <= most + 1e-9 and (of == "accuracy" or each[1] <= target + 1e-9)]
-        _check(bool(fits), f"target must be at least {share[0]:.3f}, which the narrowest width costs", target)
-        best = min(fits, key=lambda each: each[1::-1] if of == "accuracy" else each[:2])
-        self.thresholds = dict(zip(order[:-1], best[2], strict=True))
-        return self
-
     @property
     def macs(self) -> Mapping[float, float]:
         """The cost of an image by width; of a PyTorch model, the multiply-adds of an image of the first batch."""
@@ -277,7 +229,20 @@ class Cascade:
 def calibrate_cascade(
     model: Any, loader: Iterable[Any], target: float, *, of: Target = "accuracy", **options: Any
 ) -> Cascade:
-    """Return a `Cascade` of `model`, with `options` such as `confidence`, that `Cascade.calibrate` has calibrated.
+    """Return a `Cascade` of `model`, or a given one, with thresholds chosen on held-out images.
+
+    With `of="accuracy"` it is the cheapest with at least the share `target` of the full width's accuracy, with
+    `of="macs"` the most accurate that costs at most the share `target` of the full width, on average. Widths that are
+    not worth running do not run. On these images no fixed width is better. Hold out some thousand images that the
+    network was not trained on.
+
+    Args:
+        model, options: as for `Cascade`, such as `confidence`.
+        loader: batches (images, class numbers); of a model with several inputs, the class numbers come last.
+        target, of: a share of the full width's accuracy or "macs", in (0, 1].
+
+    Raises: UsageError: if an argument is invalid, or the narrowest width costs more than `target`. DataError: if the
+        model does not give class scores for a batch.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     >>> model = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4))
@@ -286,7 +251,39 @@ def calibrate_cascade(
     [0.5]
     """
     cascade: Cascade = model if isinstance(model, Cascade) else Cascade(model, math.inf, **options)
-    return cascade.calibrate(loader, target, of=of)
+    _check(0 < number_or_nan(target) <= 1, "target must be in (0, 1]", target)
+    _check(isinstance(of, str) and of in ("accuracy", "macs"), "of must be 'accuracy' or 'macs'", of)
+    order, parts = (*cascade.thresholds, cascade.widths[0]), []
+    for batch in loader if isinstance(loader, Iterable) else [loader]:
+        pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+        _check(pair, "loader must give batches (images, class numbers)", batch)
+        scores = [cascade._scores(batch[:-1], width) for width in order]
+        with explained("loader must give class numbers", kind=DataError):
+            labels, classes = _array(batch[-1]), scores[0].shape[1]
+        fit = labels.shape == scores[0].shape[:1] and labels.dtype.kind in "iu" and len(labels) > 0
+        fit = fit and 0 <= labels.min() <= labels.max() < classes
+        _check(fit, f"loader must give a class number below {classes} for each image", batch)
+        parts.append([[cascade._sureness(x), _array(x).argmax(1) != labels] for x in scores])
+    _check(bool(parts), "loader must give batches (images, class numbers)", loader)
+    _check({*order} <= {*cascade.macs}, "macs must be given, as the file does not name multiply-adds", cascade.macs)
+    sure, wrong = np.concatenate(parts, 2).swapaxes(0, 1)  # of each width and image
+    share = np.array([cascade.macs[width] for width in order]) / cascade.macs[order[-1]]
+    ends = np.linspace(0, 1, max(2, int(_TRIED ** (1 / max(1, len(order) - 1))) - 1))
+    tried = [[-math.inf, *np.quantile(each, ends, method="lower")[1:], math.inf] for each in sure[:-1]]
+    means = []
+    for chosen in product(*reversed(tried)):
+        errors, spent = wrong[-1], np.array(share[-1])  # of each image that gets to a step
+        for threshold, at, is_wrong, cost in zip(chosen, sure[-2::-1], wrong[-2::-1], share[-2::-1], strict=True):
+            if threshold < math.inf:
+                goes_on = at < threshold
+                errors, spent = np.where(goes_on, errors, is_wrong), cost + goes_on * spent
+        means.append((float(errors.mean()), float(spent.mean()), chosen[::-1]))
+    most = 1 - target * (1 - wrong[-1].mean()) if of == "accuracy" else 1.0
+    fits = [each for each in means if each[0] <= most + 1e-9 and (of == "accuracy" or each[1] <= target + 1e-9)]
+    _check(bool(fits), f"target must be at least {share[0]:.3f}, which the narrowest width costs", target)
+    best = min(fits, key=lambda each: each[1::-1] if of == "accuracy" else each[:2])
+    cascade.thresholds = dict(zip(order[:-1], best[2], strict=True))
+    return cascade
 
 
 def _check(holds: bool, what: str, value: object) -> None:

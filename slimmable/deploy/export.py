@@ -56,8 +56,7 @@ def export(
         path: its suffix is the format. `.onnx`: for an ONNX runtime; with all widths, it has one more input, `width`,
             an int64 scalar: the position in the list of widths that stands in its metadata, as JSON, under
             `slimmable.widths`. The weights stand once, at full size; those of 2 GB or more in `<path>.data`. `.pt2`:
-            with all widths, for `slimmable.deploy.Programs`; a single one for `torch.export.load`. `.safetensors`: for
-            `slimmable.load`.
+            all for `slimmable.deploy.Programs`, one for `torch.export.load`. `.safetensors`: for `slimmable.load`.
         width: a single width, as the plain network that `extract` gives.
         widths: those in the file, with 1.0 among them; by default, all that the model has.
         example_inputs: as for `slimify`; timm models need none. The inputs of a program have the names of the forward's

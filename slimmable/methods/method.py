@@ -75,12 +75,12 @@ class Method(nn.Module):
     With several processes, each sees its own part of the batch. A step followed by `average_gradients` then gives the
     gradients, and the BatchNorm statistics, of one process that sees the whole batch.
 
-    >>> from slimmable.methods import Batch, Encoder, SimCLR
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, SimCLR.projector(8, 16, 4))
-    >>> method = SimCLR(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
+    >>> encoder = slimmable.methods.Encoder(backbone, slimmable.methods.SimCLR.projector(8, 16, 4))
+    >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
+    >>> method = slimmable.methods.SimCLR(encoder)
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> list(method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7))
+    >>> list(method.step(recipe, slimmable.methods.Batch([torch.rand(8, 1, 2, 2)] * 2), progress=0.7))
     [1.0, 0.5]
     """
 

@@ -127,12 +127,11 @@ class Supervised(Method):
         encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
         label_smoothing: fraction of the probability that is spread over all classes.
 
-    >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, Supervised.projector(8, num_classes=3))
+    >>> encoder = slimmable.methods.Encoder(backbone, Supervised.projector(8, num_classes=3))
     >>> method = Supervised(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2)))
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation(), loss_weights="ones")
-    >>> list(method.step(recipe, Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7))
+    >>> list(method.step(recipe, slimmable.methods.Batch([torch.rand(6, 1, 2, 2)], torch.arange(6) % 3), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -308,13 +307,12 @@ class DINO(Method):
         center_momentum: fraction of itself that the centre of the teacher's outputs keeps in a step.
         freeze: fraction of the training in which the encoder's last layer is not trained; as published, one epoch.
 
-    >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    >>> encoder = Encoder(backbone, DINO.projector(8, 16, 32))
+    >>> encoder = slimmable.methods.Encoder(backbone, DINO.projector(8, 16, 32))
     >>> method = DINO(slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 8, 8)), proj_dim=32)
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
     >>> views = [torch.rand(6, 1, size, size) for size in [8] * 2 + [4] * 8]
-    >>> list(method.step(recipe, Batch(views), progress=0.7))
+    >>> list(method.step(recipe, slimmable.methods.Batch(views), progress=0.7))
     [1.0, 0.5]
     """
 
@@ -514,14 +512,13 @@ class BYOL(_WithMomentum):
         predictor: a converted module, embeddings in, embeddings of the same size out, as `predictor` makes one.
         momentum: initial momentum of the momentum encoder; it rises to 1 along a cosine.
 
-    >>> from slimmable.methods import Batch, Encoder
     >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU())
-    >>> encoder = Encoder(backbone, BYOL.projector(8, 16, 4))
+    >>> encoder = slimmable.methods.Encoder(backbone, BYOL.projector(8, 16, 4))
     >>> encoder = slimmable.slimify(encoder, (1.0, 0.5), example_inputs=torch.zeros(2, 1, 2, 2))
     >>> predictor = slimmable.slimify(BYOL.predictor(16, 4), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> method = BYOL(encoder, predictor)
     >>> recipe = slimmable.SlimRecipe(method.online, distill=method.distillation())
-    >>> list(method.step(recipe, Batch([torch.rand(8, 1, 2, 2), torch.rand(8, 1, 2, 2)]), progress=0.7))
+    >>> list(method.step(recipe, slimmable.methods.Batch([torch.rand(8, 1, 2, 2)] * 2), progress=0.7))
     [1.0, 0.5]
     """
 

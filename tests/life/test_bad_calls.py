@@ -1089,10 +1089,6 @@ CALLS: dict[str, Call] = {
             "macs": BY_WIDTH.optional(),
         }
     ),
-    "runtime.Cascade.calibrate": Call(
-        {"loader": PAIRS, "target": bad.number(0.9), "of": bad.choice("accuracy")},
-        of=lambda: runtime.Cascade(backbone(), 0.5),
-    ),
     "runtime.calibrate_cascade": Call(
         {"model": bad.slim(backbone), "loader": PAIRS, "target": bad.number(0.9), "of": bad.choice("accuracy")}
     ),

@@ -262,7 +262,7 @@ def test_a_cascade_can_be_calibrated_itself(model):
     cascade = Cascade(model, 0.5, confidence="margin")
     labels = torch.arange(40) % 3
     assert calibrate_cascade(cascade, [(images(), labels)], 0.9) is cascade
-    again = Cascade(model, 0.9, confidence="margin").calibrate([(images(), labels)], 0.9)
+    again = calibrate_cascade(Cascade(model, 0.9, confidence="margin"), [(images(), labels)], 0.9)
     assert again.thresholds == cascade.thresholds
     right = [float((scores.argmax(1) == labels).float().mean()) for scores in (
         cascade(images()).logits, Cascade(model, math.inf)(images()).logits)]  # fmt: skip
