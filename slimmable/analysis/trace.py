@@ -129,7 +129,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
 def _follow_sizes(fake: FakeModel, context: Context) -> None:
     """Require the size attributes of torch's layers that the forward's code names to follow the weights."""
     for path, module in fake.model.named_modules():
-        for name, axis in size_axes(module).items() if "weight" in module._parameters else ():
+        for name, axis in size_axes(module).items() if module._parameters.get("weight") is not None else ():
             key = (path, name, ())
             if name in fake.reach.names and key in context.attributes:
                 size = size_of(context.tensors[path, "weight"][axis], module.weight.shape[axis])

@@ -380,6 +380,17 @@ def test_a_size_that_only_training_reads_is_that_of_the_width():
         torch.testing.assert_close(slim(x), slimmable.extract(slim, 0.5)(x))
 
 
+def test_a_size_may_be_that_of_a_layer_without_weights():
+    def scaled(m: nn.Module, x: Tensor) -> Tensor:
+        return m.last(m.norm(m.first(x)) / m.norm.num_channels)
+
+    model = Fn(scaled, first=nn.Linear(8, 16), norm=nn.GroupNorm(4, 16, affine=False), last=nn.Linear(16, 3))
+    slim, x = slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.randn(4, 8)), torch.randn(4, 8)
+    with slimmable.at_width(slim, 0.5):
+        assert slim.first.weight.shape == (8, 8)
+        torch.testing.assert_close(slim(x), slimmable.extract(slim, 0.5)(x))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_latents_get_fewer_only_where_their_order_does_not_matter(causal):
     class Latents(nn.Module):
