@@ -8,25 +8,13 @@
 torch.Size([8, 8])
 
 The rest lives in the submodules `layers`, `losses`, `training`, `evaluation`, `methods`, `integrations`, `gating`,
-`rules`, `deploy`, `runtime` and `errors`. Examples in docstrings take `torch`, `torch.nn` as `nn` and `slimmable` as
-imported.
+`rules`, `deploy`, `runtime` and `errors`. Examples in docstrings presume `torch`, `torch.nn` as `nn` and `slimmable`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimmable import deploy as deploy
-    from slimmable import errors as errors
-    from slimmable import evaluation as evaluation
-    from slimmable import gating as gating
-    from slimmable import integrations as integrations
-    from slimmable import layers as layers
-    from slimmable import losses as losses
-    from slimmable import methods as methods
-    from slimmable import rules as rules
-    from slimmable import runtime as runtime
-    from slimmable import training as training
     from slimmable._convert import extract, plan, slimify
     from slimmable._inference import inference
     from slimmable._inputs import Inputs
@@ -43,6 +31,8 @@ if TYPE_CHECKING:
     from slimmable.losses import OnlineDistillation
     from slimmable.rules import register_rule
     from slimmable.training import SlimRecipe, calibrate_bn
+
+    from . import deploy, errors, evaluation, gating, integrations, layers, losses, methods, rules, runtime, training  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -64,8 +64,7 @@ def slimify(
     Args:
         model: any module whose forward can be traced, with parameters on any device.
         widths: distinct numbers in (0, 1], with 1.0 among them.
-        example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keyword arguments, or `Inputs` for
-            both; timm models need none.
+        example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keywords, or `Inputs`; not for timm.
         skip: modules to keep at full width, as `fnmatch` patterns of their names or a function `(name, module) ->
             bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
             again without `skip` keeps what it skips, unless layers were added to it.

@@ -228,8 +228,7 @@ def search(
         of: the cost, "macs", "parameters" or "latency".
         table: for "latency", a `slimmable.deploy.LatencyTable` of this model, or its file; by default, one is measured.
         step: share of a group's units, in (0, 1).
-        calibrate: list of batches, as for `calibrate_bn`, from which BatchNorm statistics are computed before every
-            evaluation; None if `evaluate` needs none.
+        calibrate: list of batches, as for `calibrate_bn`, for BatchNorm statistics before every evaluation, or None.
         progress: show a progress bar on a terminal.
 
     Raises: ConversionError: if `model` was not converted, or contains several converted models. UsageError: if an

@@ -134,8 +134,7 @@ def _fit(small: Any, full: Any, units: Tensor, batches: list[Arguments], ridge: 
 def _products(layer: Any, x: Tensor, lacking: Tensor, draw: torch.Generator) -> Tensor:
     """Return the sums of the products of a layer's inputs with themselves, and with what its outputs lack, by group.
 
-    The inputs of an output of each group are those under the kernel, and a 1 for the bias if there is one. The shape is
-    (groups, inputs, inputs + outputs), in float64.
+    An output's inputs are those under the kernel, and a 1 for a bias: (groups, inputs, inputs + outputs), in float64.
     """
     kernel, groups = getattr(layer, "kernel_size", ()), getattr(layer, "groups", 1)
     x, lacking = (each if each.ndim > len(kernel) + 1 else each[None] for each in (x, lacking))

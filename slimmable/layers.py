@@ -103,8 +103,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
 
     Names in the state dict are torch's; `in_features` and `out_features` are the full ones at every width.
 
-    Shapes: (..., kept in_features) -> (..., kept out_features). Arguments: torch's, and those of `SlimConv2d`; class
-    scores and embeddings should be full.
+    Shapes: (..., kept in_features) -> (..., kept out_features). Arguments: torch's, and those of `SlimConv2d`.
 
     >>> layer = SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> slimmable.set_width(layer, 0.5)
@@ -159,13 +158,11 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     Shapes: (N, kept in_channels, H, W) -> (N, kept out_channels, H', W').
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            as in torch.
+        in_channels to dtype: as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as an image or a vector of measurements.
         slim_out: False if the output should be full at every width.
-        overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest (non-overlapping
-            weights of Zhao et al., SlimCLR, IJCV 2024).
+        overlap: False gives narrower widths disjoint channels, the first to the narrowest (SlimCLR, IJCV 2024).
         rounding: "floor" keeps the first `int(w * channels)`, but at least one, as their published code does.
 
     Raises: WidthError: if `widths` is invalid, or too large in total for `overlap=False`.
@@ -192,8 +189,7 @@ class SlimConv3d(_SlimConv, nn.Conv3d):
 class SlimLayerNorm(SlimLayer, nn.LayerNorm):
     """`nn.LayerNorm` over part of the features: at width `w`, the first `round(w * n)` of the last axis.
 
-    Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's, `widths` and `rounding`
-    as in `SlimConv2d`.
+    Shapes: (..., *normalized_shape with a narrower last axis) -> the same. Arguments: torch's and `SlimConv2d`'s.
 
     >>> norm = SlimLayerNorm(8, widths=(1.0, 0.5))
     >>> with slimmable.at_width(norm, 0.5):
@@ -400,9 +396,6 @@ class SwitchableProbe(SwitchableLinear):
     ) -> None:  # fmt: skip
         super().__init__(in_features, num_classes, widths, bias, device, dtype, slim_out=False, rounding=rounding)
         self.num_classes = num_classes
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("out_features", "num_classes")
 
 
 def refuse_plain_between(layers: Mapping[str, nn.Module | None]) -> None:

@@ -37,7 +37,6 @@ class WidthController:
     Args:
         latencies: milliseconds by width, measured on this machine: a dict, or what `slimmable.profile` returns.
         deadline_ms, quantile, window: milliseconds for a call, the share of calls to keep them, calls to look back on.
-        clock: returns seconds, for `call`.
 
     >>> controller = WidthController({1.0: 8.0, 0.5: 3.0, 0.25: 1.0}, deadline_ms=10)
     >>> with controller.call() as width:
@@ -48,18 +47,14 @@ class WidthController:
     0.5
     """
 
-    def __init__(
-        self, latencies: Any, *, deadline_ms: float, quantile: float = 0.95, window: int = 20,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:  # fmt: skip
+    def __init__(self, latencies: Any, *, deadline_ms: float, quantile: float = 0.95, window: int = 20) -> None:
         rows = getattr(latencies, "rows", None)
         self._ms = _by_width("latencies", latencies if rows is None else {row.width: row.latency_ms for row in rows})
         _check(0 < number_or_nan(deadline_ms) < math.inf, "deadline_ms must be positive", deadline_ms)
         _check(0 < number_or_nan(quantile) < 1, "quantile must be in (0, 1)", quantile)
         counts = isinstance(window, int) and 1 <= number_or_nan(window) < 2**31
         _check(counts, "window must be a number of calls", window)
-        _check(_is_function(clock), "clock must be a function", clock)
-        self._deadline, self._quantile, self._clock = deadline_ms, quantile, clock
+        self._deadline, self._quantile = deadline_ms, quantile
         self._ratios: deque[float] = deque(maxlen=window)
         self.width = self._widest(1.0)
         """The width for the next call."""
@@ -75,9 +70,9 @@ class WidthController:
     @contextmanager
     def call(self) -> Iterator[float]:
         """Give the width to a block that runs the network, and record how long the block takes, unless it fails."""
-        width, start = self.width, self._clock()
+        width, start = self.width, time.perf_counter()
         yield width
-        self.record(width, 1000 * (self._clock() - start))
+        self.record(width, 1000 * (time.perf_counter() - start))
 
     def _widest(self, ratio: float) -> float:
         fits = (width for width, ms in self._ms.items() if ms * ratio <= self._deadline)
@@ -233,16 +228,14 @@ def calibrate_cascade(
 
     With `of="accuracy"` it is the cheapest with at least the share `target` of the full width's accuracy, with
     `of="macs"` the most accurate that costs at most the share `target` of the full width, on average. Widths that are
-    not worth running do not run. On these images no fixed width is better. Hold out some thousand images that the
-    network was not trained on.
+    not worth running do not run. On these images no fixed width is better. Hold out some thousand untrained images.
 
     Args:
         model, options: as for `Cascade`, such as `confidence`.
         loader: batches (images, class numbers); of a model with several inputs, the class numbers come last.
         target, of: a share of the full width's accuracy or "macs", in (0, 1].
 
-    Raises: UsageError: if an argument is invalid, or the narrowest width costs more than `target`. DataError: if the
-        model does not give class scores for a batch.
+    Raises: UsageError: if the narrowest width costs more than `target`. DataError: if the model gives no class scores.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     >>> model = slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(1, 4))

@@ -253,8 +253,8 @@ class Group:
     """Units that several axes share; each width keeps the first ones.
 
     `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
-    `makers` are the modules whose weights make these units. The units of an `ordered` group must stay in order, because
-    a convolution runs along them.
+    `makers` are the modules whose weights make these units. Those of an `ordered` group, along which a convolution
+    runs, stay in order.
     """
 
     units: int

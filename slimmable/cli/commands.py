@@ -289,8 +289,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Return the command and the given options of a command line; without words, show the help and exit with 2."""
-    if not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv):
-        raise UsageError(f"the arguments must be a list of words, got {argv!r:.80}")
     option = ""
     for word in argv:
         where, _, value = word.partition("=") if word.startswith("--") and "=" in word else (option, "", word)

@@ -268,8 +268,7 @@ class GatedPass:
     def layer_macs(self) -> dict[str, Tensor]:
         """Return layer -> its multiply-adds for each image, float64, shape (images,).
 
-        They cover convolutions and matrix products of open channels, as `profile` counts them; a gate's own are under
-        its name and `.channel_gate`.
+        They are those of open channels, as `profile` counts them; a gate's own are under its name and `.channel_gate`.
         Raises: UsageError: as `masks`; also if the model has run on images of another size than `gated` was told.
         """
         masks = {name: mask.double() for name, mask in self.masks().items()}

@@ -32,8 +32,7 @@ _create_model, _load_checkpoint = models.create_model, models.load_checkpoint
 class SlimTaskMixin(tasks.TrainingTask):
     """Makes a task of timm run all widths of its model: `class Mine(SlimTaskMixin, TheirTask)`.
 
-    The task returns their weighted sum as one loss, so the graphs of all widths live until `backward`. Its checkpoints
-    hold the widths and the state of the recipe.
+    The task returns one loss, so all widths' graphs live until `backward`. Checkpoints hold widths and recipe.
 
     Args:
         recipe: the recipe of the model. Its `steps` count updates if `update_ema` is told their number, as in train.py.

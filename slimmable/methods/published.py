@@ -241,7 +241,7 @@ class Distillation(Method):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-class MoCoV2(Method):
+class MoCoV2(_WithHead):
     """MoCo v2 (He et al. 2020, Chen et al. 2020), at every width; only the full width makes keys (SlimCLR).
 
     Several processes give the same result as one if `bn_splits` is the same and at least their number. The example of
@@ -252,6 +252,7 @@ class MoCoV2(Method):
         temperature: temperature of the loss.
     """
 
+    _head = staticmethod(lambda ins, hid, out: nn.Sequential(nn.Linear(ins, hid), nn.ReLU(True), nn.Linear(hid, out)))
     two_passes = False
 
     @checked
@@ -268,12 +269,6 @@ class MoCoV2(Method):
         super().__init__(encoder)
         self.moco = MoCo(encoder, proj_dim, queue_size, momentum, bn_splits=bn_splits)
         self.temperature = temperature
-
-    @staticmethod
-    @checked
-    def projector(in_features: int, hidden_dim: int, proj_dim: int) -> nn.Sequential:
-        """Return the projection head, two layers without BatchNorm: (batch, in_features) -> (batch, proj_dim)."""
-        return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, proj_dim))
 
     def prepare(self, batch: Batch, progress: float) -> Sequence[Tensor]:
         """Return the keys of the second view."""

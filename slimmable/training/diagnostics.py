@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +47,7 @@ class GradientDiagnostics:
         every: number of steps from one sample to the next, starting at step 0.
 
     Attributes:
-        step: number of the current step.
-        rows: for each sampled step, column -> value.
+        step, rows: number of the current step; for each sampled one, column -> value. A resumed run can set them.
         layers: for each row, column -> float32 tensor of shape (layers,), the values behind the mean.
         layer_names: names of these layers.
 
@@ -163,18 +161,6 @@ class GradientDiagnostics:
         """Forget what was recorded since the last step; call it if a step fails and its gradients are cleared."""
         self._own: dict[float, dict[str, Tensor]] = {}  # width -> parameter -> its own gradient, in the width's block
         self._before: dict[str, Tensor] = {}  # parameter -> its gradient at the last call
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of the step and the rows and layers so far, for a checkpoint between two steps."""
-        return {"step": self.step, "rows": list(self.rows), "layers": list(self.layers)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where `state_dict` was called."""
-        kinds = {"step": int, "rows": list, "layers": list}
-        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != kinds:
-            raise UsageError(f"GradientDiagnostics.load_state_dict: not what its state_dict() returns: {state!r:.80}")
-        self.step, self.rows, self.layers = state["step"], list(state["rows"]), list(state["layers"])
-        self.discard()
 
     @checked
     def to_csv(self, path: str | Path) -> None:

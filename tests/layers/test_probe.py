@@ -52,7 +52,7 @@ def test_twins():
 def test_print_and_copies():
     probe = SwitchableProbe(8, 3, WIDTHS)
     set_width(probe, 0.5)
-    expected = "SwitchableProbe(in_features=8, num_classes=3, bias=True, widths=(1.0, 0.5, 0.25), width=0.5)"
+    expected = "SwitchableProbe(in_features=8, out_features=3, bias=True, widths=(1.0, 0.5, 0.25), width=0.5)"
     assert repr(probe) == expected
     x = torch.randn(2, 4)
     for again in (copy.deepcopy(probe), pickle.loads(pickle.dumps(probe))):

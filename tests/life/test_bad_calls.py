@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 import types
 import unittest.mock
 import warnings
@@ -1071,7 +1070,6 @@ CALLS: dict[str, Call] = {
             "deadline_ms": bad.positive(1.0),
             "quantile": bad.open_fraction(0.9),
             "window": bad.count(4),
-            "clock": bad.function(time.perf_counter),
         }
     ),
     "runtime.WidthController.record": Call(

@@ -388,8 +388,6 @@ def test_wrong_calls_say_what_to_do():
     model.zero_grad()
     with pytest.raises(UsageError, match="no shared parameter has a gradient"):
         diagnostics.after_step()
-    with pytest.raises(UsageError, match="not what its state_dict"):
-        diagnostics.load_state_dict({"step": 3})
     assert diagnostics.step == 0
 
 
