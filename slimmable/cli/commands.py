@@ -213,7 +213,7 @@ class Embed(_Machine, _Network):
 class Latency(_Network):
     """Measure the layers of a timm model, a saved model or a run on this machine, for `slimmable.search` on any."""
 
-    output: Path = option(Path("latency.json"), "file to write; it is replaced", metavar="FILE", group="table")
+    output: Path = option(Path("latency.json"), "file to write; it is replaced", metavar="FILE.json", group="table")
     runtime: str = option("torch", "what runs the sub-networks", choices=("torch", "onnxruntime"))
 
     def _run(self) -> None:
@@ -221,6 +221,8 @@ class Latency(_Network):
 
         from slimmable.deploy.latency import LatencyTable
 
+        if self.output.suffix != ".json":
+            raise UsageError(f"--output {self.output} must end in .json")
         source, *_ = self._source()
         torch.set_num_threads(1)
         given: Any = torch.zeros(1, *source.image), self.runtime

@@ -177,7 +177,7 @@ TAKEN = {
     "latency --pretrained": {},
     "latency --num-classes": {"zero": "a network without a classifier", "20,000": LARGE},
     "latency --image-size": {},
-    "latency --output": {**dict.fromkeys(("missing", "unknown", "number", "unicode"), NEW), "file": "it is replaced"},
+    "latency --output": {},
     "latency --runtime": {},
     "profile MODEL_OR_RUN": {},
     "profile --widths": {},
