@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,12 +20,14 @@ class Kept(Views):
         super().__init__(views.images, views.labels, views.transforms, views.seed)
         self.known = known
 
-    def __getitem__(self, key: tuple[int, int]) -> list[torch.Tensor]:
-        if key not in self.known:
-            *drawn, label = super().__getitem__(key)
-            self.known[key] = [*(view.mul(255).round().to(torch.uint8) for view in drawn), label]
-        *views, label = self.known[key]
-        return [*(view.float() / 255 for view in views[: len(self.transforms)]), label]
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        new = [key for key in keys if key not in self.known]
+        if new:
+            *drawn, labels = super().__getitems__(new)
+            kept = [view.mul(255).round().to(torch.uint8) for view in drawn]
+            self.known |= {key: list(row) for key, *row in zip(new, *kept, labels, strict=True)}
+        *views, labels = (torch.stack(each) for each in zip(*(self.known[key] for key in keys), strict=True))
+        return [*(view.float() / 255 for view in views[: len(self.transforms)]), labels]
 
 
 def few_of_each(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:

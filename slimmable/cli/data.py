@@ -299,16 +299,49 @@ def seed_of(*numbers: int) -> int:
 
 
 class Views(Dataset[list[Tensor]]):
-    """Views and label by epoch and index of the image; they do not depend on the process that draws them, or when."""
+    """Views and labels by epochs and indices of images; they do not depend on the process that draws them, or when."""
 
     def __init__(self, images: ImageSet, labels: Tensor, transforms: Sequence[nn.Module], seed: int) -> None:
         self.images, self.labels, self.transforms, self.seed = images, labels, transforms, seed
 
-    def __getitem__(self, key: Key) -> list[Tensor]:
-        image = self.images[key[1]]
+    def __getitems__(self, keys: Sequence[Key]) -> list[Tensor]:
+        """Return a batch: for each transform the views, (images, channels, height, width), then the labels."""
+        numbers, drawn = [number for _, number in keys], []
+        images = [self.images[number] for number in numbers]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, *key))
-            return [*(transform(image) for transform in self.transforms), self.labels[key[1]]]
+            for key, image in zip(keys, images, strict=True):
+                torch.manual_seed(seed_of(self.seed, *key))
+                drawn.append([transform(image) for transform in self.transforms])
+        views = zip(self.transforms, map(torch.stack, zip(*drawn, strict=True)), strict=True)
+        seen = (each.of(torch.stack(images), view) if isinstance(each, Handwritten) else view for each, view in views)
+        return [*seen, self.labels[numbers]]
+
+
+class Handwritten(nn.Module):
+    """A view of square images of characters, any number at once: turned, cropped, lit and blurred at random."""
+
+    def __init__(self, size: int, least: float, most: float) -> None:
+        super().__init__()
+        self.size, self.least, self.most = size, least, most  # of the view, and of the part of the image's area
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return what a view of one image is made by, drawn at random; its bits do not depend on a batch."""
+        turn, area, ratio, right, down, light, contrast, blur = torch.rand(8, dtype=torch.float64).tolist()
+        area, ratio = self.least + (self.most - self.least) * area, (4 / 3) ** (2 * ratio - 1)
+        wide, high = (min(1, math.sqrt(area * each)) for each in (ratio, 1 / ratio))
+        x, y, angle = (1 - wide) * (2 * right - 1), (1 - high) * (2 * down - 1), math.radians(10) * (2 * turn - 1)
+        cos, sin = math.cos(angle), math.sin(angle)
+        place = wide * cos, -high * sin, x, wide * sin, high * cos, y  # a matrix, as for `affine_grid`
+        return torch.tensor([*place, 0.6 + 0.8 * light, 0.6 + 0.8 * contrast, max(0, 2 * blur - 1)])
+
+    def of(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Return a view of each image, as drawn for it."""
+        grid = F.affine_grid(drawn[:, :6].view(-1, 2, 3), [len(images), 1, self.size, self.size], align_corners=False)
+        seen = F.grid_sample(images.float() / 255, grid, align_corners=False)
+        light, contrast, blur = drawn[:, 6:].view(-1, 3, 1, 1, 1).unbind(1)
+        seen = (seen * light).clamp(max=1)
+        seen = (seen * contrast + seen.mean((1, 2, 3), keepdim=True) * (1 - contrast)).clamp(0, 1)
+        return seen * (1 - blur) + F.avg_pool2d(seen, 3, 1, 1, count_include_pad=False) * blur
 
 
 def keys_of_steps(
@@ -328,6 +361,7 @@ def keys_of_steps(
 def load(images: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     """Yield batches as a DataLoader with these settings does, but the DataErrors of its processes as if raised here."""
     try:
+        settings |= {"collate_fn": list} if isinstance(images, Views) else {}  # which come as batches
         yield from DataLoader(images, num_workers=workers, worker_init_fn=_ignore_terminal, **settings)
     except DataError as error:  # from a worker, it has a traceback in front of the message
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
@@ -377,20 +411,19 @@ def make_views(
     in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". Views show at least
     `min_crop_scale` of the image's area. Then come `local_crops`, from a twentieth of it up (Caron et al. 2021).
     """
-    whole = v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True)
-    part = v2.RandomResizedCrop(local_size, scale=(min(0.05, min_crop_scale), min_crop_scale), antialias=True)
+    scales = (min_crop_scale, 1.0), (min(0.05, min_crop_scale), min_crop_scale)
+    if name == "digits":
+        return [Handwritten(size, *scales[0])] * 2 + [Handwritten(local_size, *scales[1])] * local_crops
+    whole, part = (v2.RandomResizedCrop(*each, antialias=True) for each in zip((size, local_size), scales, strict=True))
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
 
-    def blur(share: float, size: int = size, most: float = 2.0) -> nn.Module:
+    def blur(share: float, size: int = size) -> nn.Module:
         kernel = max(3, size // 10 + 1 - size // 10 % 2)  # a tenth of the side, odd (Chen et al. 2020, appendix A)
-        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, most))], p=share)  # type: ignore[no-any-return]
+        return v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=share)  # type: ignore[no-any-return]
 
-    turn = v2.RandomAffine(10, interpolation=v2.InterpolationMode.BILINEAR)
-    light = v2.ColorJitter(brightness=0.4, contrast=0.4), blur(0.5, 1, 1.0)
     local = [(part, *colours, blur(0.5, local_size))] * local_crops
     known: dict[str, list[tuple[nn.Module, ...]]] = {
-        "digits": [(turn, whole, *light)] * 2 + [(turn, part, *light)] * local_crops,
         "crops": [(whole,)],
         "supervised": [(whole, v2.ColorJitter(0.4, 0.4, 0.4))],
         "byol": [(whole, *colours, blur(1.0)), (whole, *colours, blur(0.1), v2.RandomSolarize(128, p=0.2)), *local],

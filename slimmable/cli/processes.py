@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,13 +58,15 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
         file = path.open("a+")
     with file:
         try:
-            _take(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            import fcntl  # which Windows lacks
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by what reads images
+        except (OSError, ImportError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UsageError(f"{folder} is in use by {holder}; wait until it ends, or choose another") from error
-            say(f"{folder} is on a file system without locks; make sure that no other process writes into it")
+            say(f"{folder} is on a system without locks; make sure that no other process writes into it")
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise UsageError(f"{folder} was in use until now; try again")  # the other has just removed this file
         file.truncate(0)
@@ -84,15 +85,3 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
                 path.unlink()
                 for each in made:
                     each.rmdir()  # unless it has files
-
-
-def _take(handle: int) -> None:  # what the system drops when the process ends, however it ends
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(handle, 2**20, os.SEEK_SET)  # what is locked cannot be read, so a byte behind the text
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by processes that read images

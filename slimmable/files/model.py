@@ -5,10 +5,9 @@ import inspect
 import json
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -19,7 +18,6 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
 from slimmable._atomic import read_tensors, write_tensors
@@ -261,29 +259,14 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
 
 
 def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
-    """Make a timm model without memory; refuse arguments and numbers of modules far too large for such `tensors`."""
+    """Make a timm model without memory; refuse arguments far too large for such `tensors`."""
     largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
     if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
         raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
     import timm  # noqa: F401  here, since its own imports make tensors and modules
 
-    with torch.device("meta"), _at_most(100 + 10 * len(tensors)):
+    with torch.device("meta"):
         return build(recipe)
-
-
-@contextmanager
-def _at_most(registrations: int) -> Iterator[None]:
-    """Let modules of this thread register at most so many modules while the block runs."""
-    thread, left = threading.get_ident(), registrations
-
-    def count(*_: object) -> None:
-        nonlocal left
-        left -= threading.get_ident() == thread
-        if left < 0:
-            raise CheckpointError("it has more modules than the file has tensors for")
-
-    with torch_module.register_module_module_registration_hook(count):
-        yield
 
 
 def _candidates(model: nn.Module, config: Any, tensors: Tensors, rows: list[Any]) -> Iterator[dict[str, Any]]:

@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from slimmable.cli.config import AUGMENTATIONS
-from slimmable.cli.data import Plain, Views, batches_of, keys_of_steps, load, make_views, seed_of
+from slimmable.cli.data import Handwritten, Plain, Views, batches_of, keys_of_steps, load, make_views, seed_of
 from slimmable.cli.faults import explained_fault
+
+NUMBERS = ["turn", "area", "ratio", "right", "down", "light", "contrast", "blur"]  # of a handwritten view
+
+
+def view_of(transform, image):
+    return (
+        transform.of(image[None], transform(image)[None])[0] if isinstance(transform, Handwritten) else transform(image)
+    )
 
 
 @given(
@@ -32,13 +40,13 @@ def test_views_of_any_size_are_random_images(name, channels, size, shape, mirror
     assert len(transforms) == (1 if name == "supervised" else 2)
     for transform in transforms:
         torch.manual_seed(0)
-        first, second = transform(image), transform(image)
+        first, second = view_of(transform, image), view_of(transform, image)
         assert first.shape == (channels, size, size)
         assert first.dtype == torch.float32
         assert 0 <= first.min() <= first.max() <= 1
         assert not torch.equal(first, second)
         torch.manual_seed(0)
-        assert torch.equal(transform(image), first)
+        assert torch.equal(view_of(transform, image), first)
     assert torch.equal(image, before)
 
 
@@ -71,12 +79,63 @@ def test_byol_solarises_the_second_view_only():
 def test_local_crops_follow_the_views_and_show_small_parts(name):
     image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
     transforms = make_views(name, 64, min_crop_scale=0.25, mirror=False, local_crops=3, local_size=16)
-    assert [tuple(transform(image).shape) for transform in transforms] == [(3, 64, 64)] * 2 + [(3, 16, 16)] * 3
-    crops = [
-        next(each for each in transform.transforms if isinstance(each, v2.RandomResizedCrop))
-        for transform in transforms
-    ]
-    assert [tuple(crop.scale) for crop in crops] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 3
+    assert [tuple(view_of(each, image).shape) for each in transforms] == [(3, 64, 64)] * 2 + [(3, 16, 16)] * 3
+    if name == "digits":
+        scales = [(each.least, each.most) for each in transforms]
+    else:
+        parts = [part for each in transforms for part in each.transforms]
+        scales = [tuple(part.scale) for part in parts if isinstance(part, v2.RandomResizedCrop)]
+    assert scales == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 3
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 3]), st.integers(8, 40), st.integers(8, 40), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_a_view_does_not_depend_on_the_batch_that_it_is_drawn_in(count, channels, side, size, seed):
+    """So a run on several processes, and one that is resumed, sees the same images bit for bit."""
+    torch.manual_seed(seed)
+    images, transform = (
+        torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8),
+        Handwritten(size, 0.3, 1),
+    )
+    drawn = torch.stack([transform(image) for image in images])
+    whole = transform.of(images, drawn)
+    for at in range(count):
+        assert torch.equal(transform.of(images[at : at + 1], drawn[at : at + 1])[0], whole[at])
+
+
+def test_handwriting_is_turned_cropped_lit_and_blurred(monkeypatch):
+    """Each kind of change by itself, with the other numbers at those that change nothing."""
+    image = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    image[..., 8:24, 14:18] = 255
+    transform = Handwritten(32, 0.25, 1.0)
+
+    def seen(**numbers):
+        drawn = {**dict.fromkeys(NUMBERS, 0.5), "area": 1.0, **numbers}
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([*drawn.values()]))
+        return view_of(transform, image)[0]
+
+    same = seen()
+    assert torch.allclose(same, image[0] / 255, atol=1e-4)
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+
+    def centre(view):
+        return tuple(float((view * at).sum() / view.sum()) for at in (rows, columns))
+
+    turned = seen(turn=1.0)
+    upper, lower = centre(turned * (rows < 12))[1], centre(turned * (rows > 19))[1]
+    assert abs(upper - lower) > 1  # ten degrees over some ten pixels
+    assert centre(turned) == pytest.approx((15.5, 15.5), abs=0.1)
+    close = seen(area=0.0)  # a quarter of the area: twice as large
+    assert int((close > 0.5).sum()) == pytest.approx(4 * int((same > 0.5).sum()), rel=0.3)
+    assert centre(seen(area=0.0, right=1.0))[1] < 8  # what is right of the middle is seen, so the line goes left
+    assert centre(seen(area=0.0, ratio=0.0))[0] == pytest.approx(15.5, abs=0.1)
+    assert float(seen(light=0.0).max()) == pytest.approx(0.6, abs=1e-4)
+    assert float(seen(light=1.0).max()) == pytest.approx(1.0, abs=1e-4)
+    assert float(seen(contrast=0.0).std()) == pytest.approx(0.6 * float(same.std()), rel=1e-3)
+    assert torch.equal(seen(blur=0.49), same)
+    assert seen(blur=0.99)[16, 14] < 0.7
+    assert seen(blur=0.99)[16, 13] > 0.3
+    assert float(seen(blur=0.99).mean()) == pytest.approx(float(same.mean()), rel=1e-2)
 
 
 def test_a_plain_view_is_the_centre():
