@@ -13,13 +13,13 @@ def small_resnet(
     *,
     in_chans: int = 3,
     channels: Sequence[int] = (16, 32, 64, 128),
-    blocks: Sequence[int] = (1, 1, 1, 1),
+    blocks: Sequence[int] = (0, 1, 1, 1),
     **settings: Any,
 ) -> nn.Module:
-    """Return timm's ResNet with basic blocks, by default one per stage, and a stem that keeps the image's size.
+    """Return timm's ResNet with basic blocks, and a stem that keeps the image's size.
 
-    `channels` and `blocks` are those of the four stages, `settings` any of timm's ResNets; without `num_classes` it is
-    a backbone that returns features. There are no pretrained weights.
+    `channels` and `blocks` are those of the four stages, by default none in the first, whose large maps take most time;
+    `settings` are any of timm's ResNets; without `num_classes` it returns features. There are no pretrained weights.
 
     >>> import timm
     >>> timm.create_model("small_resnet", in_chans=1)(torch.zeros(2, 1, 24, 24)).shape

@@ -158,7 +158,8 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     Shapes: (N, kept in_channels, H, W) -> (N, kept out_channels, H', W').
 
     Args:
-        in_channels to dtype: as in torch.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as in torch.
         widths: distinct numbers in (0, 1] with 1.0 among them.
         slim_in: False if the input is full at every width, such as an image or a vector of measurements.
         slim_out: False if the output should be full at every width.

@@ -173,7 +173,8 @@ class Cascade:
         _check(is_module or hasattr(model, "widths"), "model must be a converted model or a Session", model)
         self._net: Any = _Module(model) if is_module else model
         self.widths: tuple[float, ...] = self._net.widths
-        known = confidence in ("probability", "margin") if isinstance(confidence, str) else _is_function(confidence)
+        is_function = callable(confidence) and not isinstance(confidence, type)
+        known = is_function or (isinstance(confidence, str) and confidence in ("probability", "margin"))
         _check(known, "confidence must be 'probability', 'margin' or a function", confidence)
         self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
@@ -282,10 +283,6 @@ def calibrate_cascade(
 def _check(holds: bool, what: str, value: object) -> None:
     if not holds:
         raise UsageError(f"{what}, got {value!r:.80}")
-
-
-def _is_function(value: object) -> bool:
-    return callable(value) and not isinstance(value, type)
 
 
 def _by_width(what: str, given: Any, widths: Iterable[float] = ()) -> dict[float, float]:

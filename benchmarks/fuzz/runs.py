@@ -376,7 +376,7 @@ def read_arguments(draw: random.Random, folder: Path) -> Input:
             [[name], [name, draw.choice(values)], [f"{name}={draw.choice(values)}"], [draw.choice(values)]]
         )
     if draw.random() < 0.05:
-        line[draw.randrange(len(line))] = draw.choice(JUNK)
+        line[draw.randrange(len(line))] = str(draw.choice(JUNK))
 
     def call() -> None:
         try:

@@ -68,7 +68,9 @@ class Study:
     def converted(self, *widths: float) -> nn.Module:
         """A new backbone at these widths."""
         return slimmable.slimify(
-            small_resnet(in_chans=self.images.channels, channels=PLANES), widths, example_inputs=self.example
+            small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1)),
+            widths,
+            example_inputs=self.example,
         )
 
     def run(self, arm: str, budget: float | None) -> Iterator[dict[str, Any]]:
@@ -78,7 +80,7 @@ class Study:
             config = self.configuration(widths=(1.0, *sorted(WIDTHS.values(), reverse=True)))
         else:
             config = self.configuration(gate_budget=budget if arm in GATED else None)
-        backbone = small_resnet(in_chans=self.images.channels, channels=PLANES)
+        backbone = small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1))
         if arm == "narrow" and budget is not None:
             width = WIDTHS[budget]
             backbone = slimmable.extract(self.converted(1.0, width), width)

@@ -45,7 +45,10 @@ def trained(**more: Any) -> tuple[nn.Module, Tensor]:
     images = load_images(config)
     torch.manual_seed(config.seed)
     method = build_method(
-        config, small_resnet(in_chans=images.channels, channels=PLANES), images.channels, len(images.classes)
+        config,
+        small_resnet(in_chans=images.channels, channels=PLANES, blocks=(1, 1, 1, 1)),
+        images.channels,
+        len(images.classes),
     )
     training = Training(config, method, images, torch.device("cpu"))
     while training.step < training.steps:

@@ -98,7 +98,10 @@ def pretrain(
     """Train one network at the widths of `config`, and evaluate each."""
     torch.manual_seed(config.seed)
     method = build_method(
-        config, small_resnet(in_chans=images.channels, channels=planes), images.channels, len(images.classes)
+        config,
+        small_resnet(in_chans=images.channels, channels=planes, blocks=(1, 1, 1, 1)),
+        images.channels,
+        len(images.classes),
     )
     training = Training(config, method, images, torch.device("cpu"))
     training.views = Kept(training.views, known)

@@ -136,7 +136,7 @@ def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
 class PretrainConfig:
     """The settings that the result of a run depends on; each is in its range, and no two of them conflict."""
 
-    method: str = option("mocov2", "how to train", choices=METHODS, group="model and images")
+    method: str = option("simclr", "how to train", choices=METHODS, group="model and images")
     model: str = option("small_resnet", "a timm model or hf-hub:NAME; small_resnet, resnet18_cifar for small images")
     init: str | None = option(None, "plain or slimmable weights to begin with", metavar="pretrained|FILE|RUN")
     importance: str = option("magnitude", "order of plain weights; narrow widths keep the first", choices=_ORDERS)

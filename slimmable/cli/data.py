@@ -411,10 +411,11 @@ def make_views(
     in others), "gated" (Krishna et al. 2023, for small images), "supervised", "crops" or "digits". Views show at least
     `min_crop_scale` of the image's area. Then come `local_crops`, from a twentieth of it up (Caron et al. 2021).
     """
-    scales = (min_crop_scale, 1.0), (min(0.05, min_crop_scale), min_crop_scale)
+    crops = (size, (min_crop_scale, 1.0)), (local_size, (min(0.05, min_crop_scale), min_crop_scale))
     if name == "digits":
-        return [Handwritten(size, *scales[0])] * 2 + [Handwritten(local_size, *scales[1])] * local_crops
-    whole, part = (v2.RandomResizedCrop(*each, antialias=True) for each in zip((size, local_size), scales, strict=True))
+        both: list[nn.Module] = [Handwritten(each, *scale) for each, scale in crops]
+        return [both[0]] * 2 + both[1:] * local_crops
+    whole, part = (v2.RandomResizedCrop(*crop, antialias=True) for crop in crops)
     strength = {"mocov2": (0.4, 0.4, 0.4, 0.1), "simclr": (0.8, 0.8, 0.8, 0.2)}.get(name, (0.4, 0.4, 0.2, 0.1))
     colours = v2.RandomApply([v2.ColorJitter(*strength)], p=0.8), v2.RandomGrayscale(0.2)
 

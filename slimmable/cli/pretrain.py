@@ -372,6 +372,9 @@ def _finish(training: Training, folder: Path, options: Pretrain) -> None:
         say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
     default = Evaluate(folder, workers=training.workers)
     _tell(options, report_run(config, rows_of_run(config, training.method, images, default), images, default))
+    if (folder / runs.MODEL).exists() and config.gate_budget is None:
+        load = f'model = slimmable.load("{folder / runs.MODEL}")  # images in, features out'
+        _tell(options, f"import slimmable\n{load}\nsmall = slimmable.extract(model, {config.widths[-1]})\n")
 
 
 def read_gradients(path: Path, done: int) -> list[dict[str, float]]:

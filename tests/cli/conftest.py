@@ -7,7 +7,7 @@ from slimmable.cli.run import read_config, trained_method
 
 OPTIONS = (
     *("--num-images", "64", "--batch-size", "16", "--epochs", "2", "--widths", "1", "0.5"),
-    *("--device", "cpu", "--workers", "0"),
+    *("--method", "mocov2", "--device", "cpu", "--workers", "0"),
 )
 
 

@@ -26,7 +26,7 @@ from tests.cli.test_pretrain import contents
 ROOT = Path(__file__).parents[2]
 TINY = {
     **{"num_images": 64, "batch_size": 16, "epochs": 2, "widths": (1, 0.5)},
-    **{"device": "cpu", "workers": 0, "quiet": True},
+    **{"method": "mocov2", "device": "cpu", "workers": 0, "quiet": True},
 }
 """The options of the fixture `tiny`."""
 HANDLERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -463,7 +463,7 @@ DEVICES = (
         (["pretrain", "--diagnostics", "--widths", "1"], "--diagnostics compares widths"),
         (["pretrain", "--method", "byol", "--distill", "kl"], "--distill kl compares logits"),
         (["pretrain", "--method", "simclr", "--augmentation", "supervised"], "--augmentation supervised makes one"),
-        (["pretrain", "--gate-budget", "0.5"], "--gate-budget is for --method"),
+        (["pretrain", "--method", "dino", "--gate-budget", "0.5"], "--gate-budget is for --method"),
         (["pretrain", "--method", "byol", "--gate-budget", "0.5", "--widths", "1", ".5", "--universal"], "fixed width"),
         (["pretrain", "--views-per-width", "--universal"], "--views-per-width are for fixed widths"),
         (["pretrain", "--bn-groups", "7"], "--bn-groups 7 of --batch-size 64: they must be equal"),

@@ -94,7 +94,8 @@ def images():
 
 
 def training(images, **settings):
-    config = PretrainConfig(**{"num_images": 64, "batch_size": 16, "widths": (1.0,), "queue_size": 16, **settings})
+    given = {"method": "mocov2", "num_images": 64, "batch_size": 16, "widths": (1.0,), "queue_size": 16, **settings}
+    config = PretrainConfig(**given)
     return Training(config, new_method(config, 1, 10), images, torch.device("cpu"))
 
 
@@ -103,7 +104,7 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
     run = training(images, epochs=5, warmup_epochs=1.0, slow_start=0.5, lr=0.1, lr_after_slow_start=0.3)
     for step in range(20):
         run.step = step
-        run._set_learning_rate(step / 20)
+        run.take_step()
         peak = 0.1 if step < 10 else 0.3
         share = step / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 16)) / 2
         assert run.learning_rate == pytest.approx(peak * share, abs=1e-12)
@@ -112,7 +113,7 @@ def test_the_learning_rate_rises_and_falls_as_published(images):
 
 def test_norms_and_biases_can_learn_more_slowly(images):
     run = training(images, epochs=5, warmup_epochs=0.0, norm_lr_scale=0.024, lr=0.5)
-    run._set_learning_rate(0.0)
+    run.take_step()
     rates = {p.ndim > 1: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
     assert rates == {True: pytest.approx(0.5), False: pytest.approx(0.012)}
     assert run.learning_rate == pytest.approx(0.5)

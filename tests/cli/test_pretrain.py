@@ -79,6 +79,17 @@ def test_the_model_of_a_run_loads_at_all_widths(run):
             assert torch.equal(model(images), slimmable.load(run / f"width-{width}.safetensors")(images))
 
 
+def test_the_lines_that_a_run_ends_with_load_it(tiny, tmp_path, capsys):
+    assert main(["pretrain", *tiny, "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    first = said.index("import slimmable")
+    found = {}
+    exec("\n".join(said[first : first + 3]), found)
+    x = torch.zeros(2, 1, 24, 24)
+    with slimmable.at_width(found["model"], 0.5):
+        assert torch.equal(found["small"].eval()(x), found["model"](x))
+
+
 def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, tmp_path, monkeypatch):
     config = read_config(run)
     method = trained_method(config, run, channels=1)

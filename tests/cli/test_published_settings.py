@@ -147,7 +147,7 @@ def test_groups_are_the_gpus_of_the_published_runs():
 
 def small(**settings):
     given = {"num_images": 64, "batch_size": 16, "widths": (1.0, 0.5), "queue_size": 16, "epochs": 2, **settings}
-    return PretrainConfig(**{"slow_start": 0.0, **given})
+    return PretrainConfig(**{"method": "mocov2", "slow_start": 0.0, **given})
 
 
 def training(config):

@@ -15,7 +15,7 @@ from slimmable.cli.run import (
 )
 from slimmable.errors import CheckpointError
 
-SETTINGS = {"num_images": 64, "batch_size": 16, "epochs": 2, "widths": (1.0, 0.5), "queue_size": 64}
+SETTINGS = {"method": "mocov2", "num_images": 64, "batch_size": 16, "epochs": 2, "widths": (1.0, 0.5), "queue_size": 64}
 
 
 def fresh(**settings):

@@ -17,7 +17,6 @@ from slimmable.evaluation import (
     ridge_classifier,
     train_probe,
 )
-from slimmable.training import GradientDiagnostics
 
 X, Y = torch.eye(4).repeat(4, 1), torch.arange(4).repeat(4)
 CUT = {1.0: X, 0.5: X[:, :2]}
@@ -74,11 +73,6 @@ def test_settings_of_a_training(train, setting, says):
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=None), UsageError, "probes must be a list .* got None"),
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=("ridge",), k=0), UsageError, "k must be .* got 0"),
         (lambda: evaluate_features({1.0: X}, Y, {1.0: X[:, :2]}, Y), DataError, r"\(16, 4\), test \(16, 2\)"),
-        (
-            lambda: GradientDiagnostics(SLIM).load_state_dict({"step": "3", "rows": [], "layers": []}),
-            UsageError,
-            "not what its state_dict",
-        ),
     ],
 )
 def test_wrong_calls(call, error, says):

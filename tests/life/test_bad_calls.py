@@ -830,16 +830,6 @@ CALLS: dict[str, Call] = {
     "training.GradientDiagnostics": Call({"model": MODEL, "every": bad.count(1)}),
     "training.GradientDiagnostics.after_backward": Call({"width": WIDTH}, of=diagnostics),
     "training.GradientDiagnostics.after_step": Call({"scale": bad.positive(1.0)}, of=lambda: measured()),
-    "training.GradientDiagnostics.load_state_dict": Call(
-        {
-            "state": bad.mapping(
-                lambda: {"step": 1, "rows": [], "layers": []},
-                other={"step": 1},
-                text={"step": "1", "rows": [], "layers": []},
-            )
-        },
-        of=diagnostics,
-    ),
     "training.GradientDiagnostics.to_csv": Call({"path": bad.path(elsewhere)}, of=diagnostics),
     "training.cosine_momentum": Call({"progress": bad.fraction(0.5), "start": bad.fraction(0.9)}),
     "training.MomentumEncoder": Call({"network": Argument(network, {**ANY_MODEL.bad, "no parameters": nn.Identity()})}),
