@@ -68,7 +68,7 @@ class Study:
     def converted(self, *widths: float) -> nn.Module:
         """A new backbone at these widths."""
         return slimmable.slimify(
-            small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1)),
+            small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1), zero_init_last=True),
             widths,
             example_inputs=self.example,
         )
@@ -80,7 +80,9 @@ class Study:
             config = self.configuration(widths=(1.0, *sorted(WIDTHS.values(), reverse=True)))
         else:
             config = self.configuration(gate_budget=budget if arm in GATED else None)
-        backbone = small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1))
+        backbone = small_resnet(
+            in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1), zero_init_last=True
+        )
         if arm == "narrow" and budget is not None:
             width = WIDTHS[budget]
             backbone = slimmable.extract(self.converted(1.0, width), width)

@@ -46,7 +46,7 @@ def trained(**more: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(config.seed)
     method = build_method(
         config,
-        small_resnet(in_chans=images.channels, channels=PLANES, blocks=(1, 1, 1, 1)),
+        small_resnet(in_chans=images.channels, channels=PLANES, blocks=(1, 1, 1, 1), zero_init_last=True),
         images.channels,
         len(images.classes),
     )

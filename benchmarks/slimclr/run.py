@@ -99,7 +99,7 @@ def pretrain(
     torch.manual_seed(config.seed)
     method = build_method(
         config,
-        small_resnet(in_chans=images.channels, channels=planes, blocks=(1, 1, 1, 1)),
+        small_resnet(in_chans=images.channels, channels=planes, blocks=(1, 1, 1, 1), zero_init_last=True),
         images.channels,
         len(images.classes),
     )

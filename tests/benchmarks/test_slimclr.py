@@ -57,7 +57,9 @@ def test_the_cost_is_that_of_the_passes():
     found = {}
     for arm in ("bare", "slow start"):
         config = run.configuration("digits", arm, 0, epochs=4, num_images=256, queue_size=128)
-        method = run.build_method(config, run.small_resnet(in_chans=1, channels=run.PLANES, blocks=(1, 1, 1, 1)), 1, 10)
+        method = run.build_method(
+            config, run.small_resnet(in_chans=1, channels=run.PLANES, blocks=(1, 1, 1, 1), zero_init_last=True), 1, 10
+        )
         found[arm] = run.cost(run.Training(config, method, images, torch.device("cpu")), images)
         macs = [row.macs for row in run.slimmable.profile(method.encoder, (1, 20, 20), repeats=0).rows]
     steps, batch = 8, 128
