@@ -19,7 +19,7 @@ def small_resnet(
     """Return timm's ResNet with basic blocks, and a stem that keeps the image's size.
 
     `channels` and `blocks` are those of the four stages, by default none in the first, whose large maps take most time;
-    `settings` are any of timm's ResNets, but norms start at 1; without `num_classes` it returns features. There are no pretrained weights.
+    `settings` are any of timm's ResNets; without `num_classes` it returns features. There are no pretrained weights.
 
     >>> import timm
     >>> timm.create_model("small_resnet", in_chans=1)(torch.zeros(2, 1, 24, 24)).shape
