@@ -189,7 +189,7 @@ def test_options_that_are_off_are_as_if_left_out(run, tmp_path):
 def test_none_overrides_a_preset(tmp_path, monkeypatch):
     """The command line has no word for it."""
     monkeypatch.setitem(PRESETS, "warm", {"method": "simclr", "warmup_epochs": 1.0})
-    options = TINY | {"preset": "warm", "augmentation": "digits", "image_size": 24}
+    options = TINY | {"method": "simclr", "preset": "warm", "augmentation": "digits", "image_size": 24}
     slimmable.pretrain(**options, warmup_epochs=None, output=tmp_path / "none")
     slimmable.pretrain(**options, output=tmp_path / "preset")
     found = [(tmp_path / name / "config.json").read_text() for name in ("none", "preset")]

@@ -104,7 +104,7 @@ TAKEN = {
     "pretrain --local-crop-size": {},
     "pretrain --ema-momentum": {"zero": SHARE, "tiny": SHARE},
     "pretrain --queue-size": {"20,000": "it is cut to a quarter of the images"},
-    "pretrain --key-parts": {},
+    "pretrain --key-parts": {"20,000": "only mocov2 has keys"},
     "pretrain --bn-groups": {},
     "pretrain --epochs": {"20,000": LARGE},
     "pretrain --batch-size": {},

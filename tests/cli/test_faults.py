@@ -214,12 +214,12 @@ def test_an_empty_folder_stays_and_a_full_one_is_not_new(tmp_path):
 
 
 def test_without_locks_a_run_says_so(tmp_path, monkeypatch, capsys):
-    def take(handle):
+    def take(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("slimmable.cli.processes._take", take)
+    monkeypatch.setattr("fcntl.lockf", take)
     with locked(tmp_path):
-        assert "is on a file system without locks" in capsys.readouterr().out
+        assert "is on a system without locks" in capsys.readouterr().out
 
 
 def test_a_lock_does_not_outlive_its_process_in_those_that_read_images(tmp_path):

@@ -163,7 +163,7 @@ def test_small_and_long_images_are_read(tmp_path, size):
     images = pictures(tmp_path / "1.png")
     assert Plain(images, 8)[0].shape == (3, 8, 8)
     views = Views(images, torch.zeros(1), make_views("mocov2", 16, min_crop_scale=0.0, mirror=True), 0)
-    assert views[0, 0][0].shape == (3, 16, 16)
+    assert views.__getitems__([(0, 0)])[0].shape == (1, 3, 16, 16)
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
