@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from slimmable._atomic import filled_aside
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.report import MARKERS, UNTRAINED, Row, read_rows, title_of
+from slimmable.cli.report import MARKERS, Row, read_rows, title_of
 from slimmable.cli.run import read_config
 from slimmable.errors import CheckpointError, SlimmableError, UsageError, require
 
@@ -66,8 +66,8 @@ def _check_same_images(configs: Mapping[Path, PretrainConfig]) -> None:
 
 
 def _same_probes(reports: Reports) -> list[str]:
-    """Return the probes of all reports, without those of the untrained networks."""
-    known = {run: [name for name in rows[0].shares if not name.startswith(UNTRAINED)] for run, rows in reports.items()}
+    """Return the probes of all reports."""
+    known = {run: list(rows[0].shares) for run, rows in reports.items()}
     first = next(iter(known.values()))
     if any(set(probes) != set(first) for probes in known.values()):
         shown = "; ".join(f"{run}: {', '.join(probes)}" for run, probes in known.items())

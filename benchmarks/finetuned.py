@@ -21,7 +21,7 @@ from benchmarks.finetuning import accuracy_of, finetune
 from slimmable.cli.commands import Evaluate
 from slimmable.cli.data import Plain, load_images
 from slimmable.cli.evaluation import report_run, rows_of_run, static_networks
-from slimmable.cli.report import UNTRAINED, Row, named_at
+from slimmable.cli.report import Row, named_at
 from slimmable.cli.run import read_config, trained_method
 from slimmable.errors import SlimmableError, UsageError
 
@@ -52,12 +52,8 @@ def evaluate_finetuned(run: Path, epochs: int, probes: Iterable[str] = Evaluate.
 
 
 def _with_share(row: Row, share: float | None) -> Row:
-    """Return the row with the accuracy after fine-tuning, if there is one, before those of the untrained network."""
-    if share is None:
-        return row
-    own = {name: value for name, value in row.shares.items() if not name.startswith(UNTRAINED)}
-    untrained = {name: value for name, value in row.shares.items() if name.startswith(UNTRAINED)}
-    return replace(row, shares={**own, "finetuned": share, **untrained})
+    """Return the row with the accuracy after fine-tuning, if there is one."""
+    return row if share is None else replace(row, shares={**row.shares, "finetuned": share})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -124,8 +124,6 @@ def size_axes(module: nn.Module) -> dict[str, int]:
         return {"in_channels": 0, "out_channels": 1} if module.transposed else {"out_channels": 0, "in_channels": 1}
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"embedding_dim": 1}
-    if isinstance(module, nn.Bilinear):
-        return {"out_features": 0, "in1_features": 1, "in2_features": 2}
     return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
 
 

@@ -415,22 +415,6 @@ def cdist(op: Operation) -> None:
     op.contracts("x1", -1, "x2", -1)
 
 
-@_rule_of("_trilinear")
-def trilinear(op: Operation) -> None:
-    """Products of three tensors, each with some axes, are added up along others, as in a bilinear layer."""
-    axes, target = {name: iter(range(op[name].ndim)) for name in ("i1", "i2", "i3")}, 0
-    for axis in range(op["i1"].ndim + len(op["expand1"])):
-        found = {name: next(axes[name]) for name in axes if axis not in op[f"expand{name[1]}"]}
-        pairs = list(zip(found.items(), list(found.items())[1:], strict=False))
-        if axis in op["sumdim"]:
-            for first, second in pairs:
-                op.contracts(*first, *second)
-        else:
-            for name, own in found.items():
-                (op.moves if pairs else op.makes)(name, own, to=target)
-            target += 1
-
-
 @_rule_of("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits")
 def loss(op: Operation) -> None:
     """A loss of each number or, if `reduction` is not 0, of all of them together."""

@@ -26,7 +26,7 @@ from slimmable.cli.commands import COMMANDS, Export, parse
 from slimmable.cli.config import PRESETS, PretrainConfig, check, configure, flag
 from slimmable.cli.data import Plain, Views, cluttered_digits, folder_images, load, make_views
 from slimmable.cli.export import timm_source
-from slimmable.cli.pretrain import Training, read_gradients
+from slimmable.cli.pretrain import Training
 from slimmable.cli.report import Row, csv_log, read_rows, to_csv
 from slimmable.cli.run import CHECKPOINT, CONFIG, load_checkpoint, new_method, read_config, trained_method
 
@@ -178,8 +178,8 @@ def other_tensor(draw: random.Random, content: bytes, path: Path) -> str:
 
 # -- tables
 def read_table(draw: random.Random, folder: Path) -> Input:
-    """A table of losses, gradients or results, with other cells or bytes."""
-    name = draw.choice(["losses", "gradients", "metrics"])
+    """A table of losses or results, with other cells or bytes."""
+    name = draw.choice(["losses", "metrics"])
     path = folder / f"{name}.csv"
     if name == "metrics":
         content = to_csv([Row(width, 100, 1000, {"knn": 0.5, "linear": 0.25}) for width in (1.0, 0.5)])
@@ -209,14 +209,11 @@ def read_table(draw: random.Random, folder: Path) -> Input:
             for row in read_rows(folder):
                 assert all(0 <= share <= 1 for share in (row.width, *row.shares.values()))
                 assert row.parameters >= 0 <= row.macs
-        elif name == "losses":
+        else:
             csv_log(path, COLUMNS, 5)
             steps = [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]]
             assert steps == sorted(set(steps))
             assert all(0 <= step <= 5 for step in steps)
-        else:
-            rows = read_gradients(path, 5)
-            assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
 
     return call, f"{name}.csv: {how}"
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimmable.cli.commands import COMMANDS, parse, run, suggestion
-from slimmable.cli.config import flag, help_text, kind_of
+from slimmable.cli.commands import COMMANDS, parse, run
+from slimmable.cli.config import flag, help_text, kind_of, suggestion
 from slimmable.cli.faults import explained_fault
 from slimmable.cli.report import Row, read_rows
 from slimmable.errors import SlimmableError, UsageError

@@ -1,19 +1,35 @@
 """The parser of the program `slimmable`, and its commands: dataclasses of options, which import torch when they run."""
 
 import argparse
-import difflib
+import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import shtab
+
 import slimmable
 from slimmable._widths import width_index
 from slimmable.cli import config as settings
-from slimmable.cli.config import FROM_0, FROM_1, POSITIVE, ROUNDING, SIZE, WIDTHS, checked_widths, flag, option, say
+from slimmable.cli.config import (
+    FROM_0,
+    FROM_1,
+    POSITIVE,
+    ROUND_TO,
+    ROUNDING,
+    SIZE,
+    WIDTHS,
+    checked_widths,
+    flag,
+    option,
+    say,
+    suggestion,
+)
 from slimmable.errors import UsageError, WidthError, explained
 
 ALL = "all"
@@ -60,7 +76,6 @@ class Pretrain(_Machine):
     preset: str | None = option(None, "published settings, such as byol-imagenet; options override them", group="run")
     output: Path = option(Path("runs/pretrain"), "run folder to create; if it exists, it must be empty", metavar="RUN")
     resume: bool = option(False, "continue an interrupted run to the same result; its settings can be left out")
-    logger: tuple[str, ...] = option((), "where to log, besides losses.csv", choices=tuple(settings.LOGGERS))
     log_every: int = option(10, "steps between log entries", within=FROM_1, metavar="STEPS")
     knn_every: int | None = option(None, "epochs between kNN tests; 0: none", within=FROM_0, shown="0; gated: a tenth")
     quiet: bool = option(False, "tell of faults only, not of the progress and the results")
@@ -118,6 +133,7 @@ class _Network:
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
     rounding: str | None = option(None, **ROUNDING, shown="nearest")
+    round_to: int | None = option(None, **ROUND_TO, shown="1")
     checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
@@ -153,7 +169,7 @@ class _Network:
 
     def _leave_out(self, what: str, *more: str) -> None:
         """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
-        names = ("widths", "rounding", "checkpoint", "pretrained", "num_classes", *more)
+        names = ("widths", "rounding", "round_to", "checkpoint", "pretrained", "num_classes", *more)
         settled = [flag(name) for name in names if getattr(self, name) is not getattr(_Network, name)]
         if settled:
             raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
@@ -172,16 +188,28 @@ class Export(_Network):
         action="append",
     )
     all_widths: bool = option(False, "write all widths into one file, with one set of weights, instead of --width")
+    budget: float | None = option(None, "instead, the widest one of at most this share of the MACs", within=(1e-6, 1))
+    latency: float | None = option(None, "instead, the widest one of at most these ms here", within=POSITIVE)
     output: Path | None = option(None, "where to write", shown="the run folder, or runs/export/MODEL", metavar="FOLDER")
 
     def _run(self) -> None:
-        if self.all_widths and self.width:
-            raise UsageError("--width is not allowed with --all-widths: a file holds one width or all; leave one out")
+        limited = self.budget is not None or self.latency is not None
+        if bool(self.width) + self.all_widths + limited > 1:
+            raise UsageError("--width, --all-widths and --budget or --latency each say what to write; give one of them")
+        from slimmable._profile import profile
         from slimmable.cli.export import export as write
         from slimmable.cli.processes import locked
 
-        source, widths, folder = self._source((ALL,) if self.all_widths else self.width)
+        source, widths, folder = self._source((ALL,) if self.all_widths or limited else self.width)
         folder = self.output or folder
+        if limited:
+            rows = profile(source.model, source.image, repeats=0 if self.latency is None else 5).rows
+            costs = [(row.width, row.macs / rows[0].macs, row.latency_ms or 0.0) for row in rows]
+            fits = [own for own, macs, ms in costs if macs <= (self.budget or 1) and ms <= (self.latency or math.inf)]
+            if not fits:
+                least = "{} costs {:.3f} of the MACs and {:.3g} ms".format(*costs[-1])
+                raise UsageError(f"--budget or --latency is too little: the narrowest width {least}; allow more")
+            widths = fits[:1]
         with locked(folder):
             files = write(source, () if self.all_widths else widths, self.format, folder)
         for file in files:
@@ -192,41 +220,34 @@ class Export(_Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed(_Machine, _Network):
-    """Write the features of all images in a folder, at any widths of a timm model, a saved model or a run."""
+class _Timed(_Network):
+    """What is timed, and how."""
 
-    width: tuple[float | str, ...] = option((), **_WIDTH)
-    images: Path = option(help="folder of images, at any depth", metavar="FOLDER")
-    output: Path = option(Path("features.npz"), "file to write, for numpy.load; it is replaced", metavar="FILE.npz")
+    batch: int = option(1, "images in a forward", within=(1, 4096), group="timing")
+    threads: int | None = option(None, "threads that run it", within=(1, 1024), shown="all; for latency 1")
+    runtime: str = option("torch", "what runs it", choices=("torch", "onnx"))
 
-    def _run(self) -> None:
-        from slimmable.cli.evaluation import embed
+    def _timed(self, threads: int | None = None) -> tuple[Any, Any]:
+        """Return the network and a batch of images, and set the number of threads."""
+        import torch
 
-        if self.output.suffix != ".npz":
-            raise UsageError(f"--output {self.output} must end in .npz")
-        source, widths, _ = self._source(self.width)
-        count = embed(source, self.images, widths, self.output, self._found_device(), self.count_workers())
-        say(f"wrote {self.output}, the features of {count} images")
+        source, *_ = self._source()
+        torch.set_num_threads(self.threads or threads or torch.get_num_threads())
+        return source.model, torch.zeros(self.batch, *source.image)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latency(_Network):
+class Latency(_Timed):
     """Measure the layers of a timm model, a saved model or a run on this machine, for `slimmable.search` on any."""
 
     output: Path = option(Path("latency.json"), "file to write; it is replaced", metavar="FILE.json", group="table")
-    runtime: str = option("torch", "what runs the sub-networks", choices=("torch", "onnxruntime"))
 
     def _run(self) -> None:
-        import torch
-
         from slimmable.deploy.latency import LatencyTable
 
         if self.output.suffix != ".json":
             raise UsageError(f"--output {self.output} must end in .json")
-        source, *_ = self._source()
-        torch.set_num_threads(1)
-        given: Any = torch.zeros(1, *source.image), self.runtime
-        LatencyTable.measure(source.model, *given).save(self.output)
+        LatencyTable.measure(*self._timed(1), "onnxruntime" if self.runtime == "onnx" else "torch").save(self.output)
         say(f"wrote {self.output}, for the argument table of slimmable.search")
 
 
@@ -234,36 +255,49 @@ class Latency(_Network):
 class Plan(_Network):
     """Print what is slimmed in a timm model, a saved model or a run, and what stays full and why."""
 
+    json: Path | None = option(None, "also write the plan as JSON", metavar="FILE", group="plan")
+
     def _run(self) -> None:
         from slimmable._convert import plan_of
 
-        say(str(plan_of(self._source()[0].model)))
+        plan: Any = plan_of(self._source()[0].model)
+        _write("--json", self.json, lambda path: path.write_text(json.dumps(plan.to_dict())))
+        say(str(plan))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile(_Network):
+class Profile(_Timed):
     """Print parameters, MACs, activations and latency of a timm model, a saved model or a run per width."""
 
     csv: Path | None = option(None, "also write the table as CSV", metavar="FILE", group="table")
+    json: Path | None = option(None, "also write the table as JSON", metavar="FILE")
 
     def _run(self) -> None:
-        from slimmable._atomic import write_aside
         from slimmable._profile import profile as measure
+        from slimmable.deploy.latency import in_onnxruntime
 
-        if self.csv is not None and os.path.lexists(self.csv) and not self.csv.is_file():
-            raise UsageError(f"--csv {self.csv} exists and is no file; choose another name")
-        source, *_ = self._source()
-        table = measure(source.model, source.image)
+        model, images = self._timed()
+        table = measure(model, example_inputs=images)
+        table = in_onnxruntime(model, images, table, self.threads or 0) if self.runtime == "onnx" else table
+        _write("--csv", self.csv, table.to_csv)
+        _write("--json", self.json, lambda path: path.write_text(json.dumps(table.to_dict())))
         say(str(table))
-        if self.csv is not None:
-            write_aside(self.csv, table.to_csv)
+
+
+def _write(option: str, path: Path | None, write: Callable[[Path], object]) -> None:
+    """Write what an option asks for, if it is given."""
+    if path is not None:
+        from slimmable._atomic import write_aside
+
+        if os.path.lexists(path) and not path.is_file():
+            raise UsageError(f"{option} {path} exists and is no file; choose another name")
+        write_aside(path, write)
 
 
 COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
     "pretrain": (settings.PretrainConfig, Pretrain),
     "evaluate": (Evaluate,),
     "export": (Export,),
-    "embed": (Embed,),
     "latency": (Latency,),
     "profile": (Profile,),
     "plan": (Plan,),
@@ -272,7 +306,8 @@ COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of e
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        raise UsageError(message + (suggestion(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -280,10 +315,11 @@ def make_parser() -> argparse.ArgumentParser:
     about = "Slimmable networks: one set of weights, several widths."
     parser = _Parser(prog="slimmable", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"slimmable {slimmable.__version__}")
+    shtab.add_argument_to(parser, "--print-completion")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, classes in COMMANDS.items():
-        text = classes[-1].__doc__
-        own = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        text, example = classes[-1].__doc__, f"example: slimmable {name} {settings.EXAMPLES[name]}"
+        own = commands.add_parser(name, help=text, description=text, epilog=example, allow_abbrev=False)
         for options in classes:
             settings.add_options(own, options)
     return parser
@@ -306,18 +342,12 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
-    name = given.pop("command")
+    name, _ = given.pop("command"), given.pop("print_completion")
     if unknown:
         typed = unknown[0].partition("=")[0]
         known = ["--help", *(flag(each.name) for options in COMMANDS[name] for each in fields(options))]
         raise UsageError(f"there is no option {typed}{suggestion(typed, known)}")
     return name, given
-
-
-def suggestion(typed: str, known: Iterable[str]) -> str:
-    """Return a question that ends a message about an unknown word, if a known one is similar."""
-    similar = difflib.get_close_matches(typed, list(known), n=1)
-    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def run(name: str, given: dict[str, Any]) -> int:

@@ -1,9 +1,10 @@
 """What the commands share without importing torch, which keeps `--help` fast: options, presets, optional packages."""
 
 import argparse
+import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,12 @@ AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
-LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # the module that each needs
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST = 100  # numbers in a list
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}
 ROUNDING: dict[str, Any] = {"help": "which whole number of channels to keep, as in slimify", "choices": ROUNDINGS}
+ROUND_TO: dict[str, Any] = {"help": "keep multiples of this many channels", "within": (1, 65_536)}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 say = partial(print, flush=True)  # immediately, even into a pipe
@@ -65,6 +66,12 @@ def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     known = {"help": help, "choices": (), "within": None, "group": "", "shown": ""}
     parsing = {name: value for name, value in more.items() if name not in known}
     return field(default=default, metadata={**known, **more, "parsing": parsing})
+
+
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """Return a question that goes on with a message about an unknown word, if a known one is similar."""
+    similar = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def flag(name: str) -> str:
@@ -151,6 +158,7 @@ class PretrainConfig:
     views_per_width: bool = option(False, "draw views of its own for each width; keys and targets see the full width's")
     widths: tuple[float, ...] = option(DEFAULT_WIDTHS, **WIDTHS, group="widths and gates")
     rounding: str = option("nearest", **ROUNDING)
+    round_to: int = option(1, **ROUND_TO)
     universal: bool = option(False, "train every width from the narrowest up, by the sandwich rule")
     distill: str = option("own", "how the full width teaches the others; own: the method's way", choices=DISTILLATIONS)
     loss_weights: str = option("widest_plus_rest", "loss weights; see slimmable.losses.width_weights", metavar="MODE")
@@ -248,6 +256,7 @@ class PretrainConfig:
 _PUBLISHED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 PRESETS: dict[str, dict[str, Any]] = _PUBLISHED["presets"]
 LINEAR: dict[str, dict[str, Any]] = _PUBLISHED["linear evaluation"]
+EXAMPLES: dict[str, str] = _PUBLISHED["examples"]
 
 
 def with_preset(given: Mapping[str, Any], preset: str | None) -> dict[str, Any]:
@@ -255,7 +264,7 @@ def with_preset(given: Mapping[str, Any], preset: str | None) -> dict[str, Any]:
     if preset is None:
         return dict(given)
     if preset not in PRESETS:
-        raise UsageError(f"there is no --preset {preset}; choose one of {', '.join(PRESETS)}")
+        raise UsageError(f"no --preset is called {preset}, but {', '.join(PRESETS)}{suggestion(preset, PRESETS)}")
     own = PRESETS[preset]
     if given.get("method", own["method"]) != own["method"]:
         raise UsageError(f"--preset {preset} is for --method {own['method']}, not {given['method']}")

@@ -1,37 +1,37 @@
 """Evaluation of the networks of a run: features in one pass over the images, then probes on the features."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.utils.misc import natural_key
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.io import write_png
+from torchvision.utils import make_grid
 
 from slimmable._atomic import write_aside
 from slimmable._modules import in_eval_mode
 from slimmable._profile import parameter_count, profile
 from slimmable._width import at_width
-from slimmable.cli import data, report
+from slimmable.cli import report
 from slimmable.cli.commands import Evaluate
-from slimmable.cli.config import LINEAR, PretrainConfig, printable, say
+from slimmable.cli.config import LINEAR, PretrainConfig, configure, say
 from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_views, normalisation, seed_of
-from slimmable.cli.export import Source
-from slimmable.cli.report import DENSE, GATED, PART, STATIC, UNTRAINED, Row, named_at
-from slimmable.cli.run import new_method, output_for
-from slimmable.errors import DataError, UsageError, explained
+from slimmable.cli.report import DENSE, GATED, PART, STATIC, Row, named_at
+from slimmable.errors import UsageError
 from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction, linear_evaluation, narrowest_first
 from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
 from slimmable.methods import Method
 
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
 _CALIBRATION = 1024  # training images that set the gates
+_FIRST_RUN = Path(__file__).with_name("first_run")  # `python -m benchmarks.first_run` measures it
+_SHOWN = 8  # held-out images in the picture of neighbours, and neighbours of each
 VOTERS = 50_000  # training images that vote in kNN during training, or by their pixels, of as many held-out ones
 
 Passes = Mapping[Any, Callable[[], AbstractContextManager[Any]]]  # what to run a backbone in, by width or by name
@@ -92,15 +92,27 @@ def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, opti
     train, test = (Plain(part, size, most=VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, options.count_workers(), batch_size=256))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
-    return report.write_report(options.run, rows, pixels, title)
+    plain = replace(config, seed=0, mean=None, std=None)
+    others = report.read_rows(_FIRST_RUN) if plain == configure({}) else []
+    return report.write_report(options.run, rows, pixels, len(images.test_labels), title, others)
+
+
+def draw_neighbours(config: PretrainConfig, backbone: nn.Module, images: Images, options: Evaluate) -> None:
+    """Draw held-out images, each in front of the training images that are nearest to it at the narrowest width."""
+    size, workers = config.image_size, options.count_workers()
+    sets = [Plain(*part, normalisation(config), VOTERS) for part in ((images.test, size), (images.train, size))]
+    passes = {"": partial(at_width, backbone, config.widths[-1])}
+    asked, known = (F.normalize(features_in(passes, backbone, part, workers)[0][""]) for part in sets)
+    every = -(-len(asked) // _SHOWN)
+    near = (asked[::every] @ known.T).topk(min(_SHOWN, len(known))).indices.tolist()
+    drawn = [each for at, row in enumerate(near) for each in (sets[0][at * every], *map(sets[1].__getitem__, row))]
+    grid = make_grid(drawn, 1 + len(near[0]), pad_value=255).repeat_interleave(zoom := -(-72 // size), 1)
+    write_aside(options.run / "neighbours.png", lambda path: write_png(grid.repeat_interleave(zoom, 2), str(path)))
 
 
 def rows_of_run(config: PretrainConfig, method: Method, images: Images, options: Evaluate) -> list[Row]:
-    """Evaluate every network of a run, trained and untrained; a share "knn@0.1" is learnt from 0.1 of the labels."""
-    backbone = method.backbone
-    untrained = new_method(config, images.channels, len(images.classes)).backbone
-    untrained.to(next(backbone.parameters()).device)
-    prober = Prober(config, images, options)
+    """Evaluate every network of a run; a share "knn@0.1" is learnt from 0.1 of the labels."""
+    backbone, prober = method.backbone, Prober(config, images, options)
     passes = passes_of(config, backbone, config.widths)
     shares, share_of = prober.measure(backbone, passes)
     if config.method == "supervised":
@@ -108,12 +120,6 @@ def rows_of_run(config: PretrainConfig, method: Method, images: Images, options:
         scores, _ = features_in(whole, method.encoder, prober.test, prober.workers)
         for width, rated in scores.items():
             shares[width]["classifier"] = float((rated.argmax(1) == images.test_labels).float().mean())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the gates of this .* were never trained")
-        if config.gate_budget is not None:
-            set_gates(config, untrained, images)
-        for name, found in prober.measure(untrained, passes_of(config, untrained, config.widths))[0].items():
-            shares[name] |= {UNTRAINED + probe: share for probe, share in found.items()}
     for suffix in prober.parts if "published" in options.probes else ():
         for width, more in prober.on_crops(backbone, suffix).items():
             shares[width] |= more
@@ -200,33 +206,3 @@ class Prober:
         settings |= {"num_classes": len(images.classes), "path": options.run / f"{name}.safetensors"}
         found = linear_evaluation(backbone, crops, middles, **settings)
         return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
-
-
-def embed(source: Source, folder: Path, widths: Sequence[float], path: Path, device: torch.device, workers: int) -> int:
-    """Write the features of the images in `folder` as an npz file, whole or not at all; return how many images.
-
-    The arrays are `w0.5` and so on, what the network gives out, or its classifier reads: float32 (images, features);
-    `names`, the paths in the folder; and of images in folders `classes`, and `labels`, -1 for those in none.
-    """
-    channels, height, side = source.image
-    if channels not in (1, 3) or height != side or len(source.mean) not in (1, channels):
-        taken = f"{channels} x {height} x {side} numbers, with means {source.mean}"
-        raise UsageError(f"{source.name} takes {taken}; embed makes grey or RGB squares, so give the folder of a run")
-    model: Any = source.model
-    if getattr(model, "num_classes", 0):
-        model.reset_classifier(0)
-    features = output_for(torch.zeros(2, *source.image), model, source.name)
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        raise UsageError(f"{source.name} does not output one feature vector per image; choose another model")
-    with explained(f"{printable(folder)} cannot be listed"):
-        pictures = data.pictures_in(folder, folder, channels)
-    if not pictures.names:
-        raise DataError(f"{printable(folder)} holds no images ({', '.join(sorted(data.SUFFIXES))})")
-    arrays: dict[str, Any] = {"names": np.array([Path(name).relative_to(folder).as_posix() for name in pictures.names])}
-    if classes := sorted({*pictures.labels} - {""}, key=natural_key):
-        numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
-        arrays |= {"classes": np.array(classes), "labels": np.array([numbers[label] for label in pictures.labels])}
-    images = Plain(pictures, side, v2.Normalize(source.mean, source.std))
-    passes = {f"w{width}": partial(at_width, model.to(device), width) for width in widths}
-    write_aside(path, lambda aside: np.savez(aside, **arrays | features_in(passes, model, images, workers)[0]))
-    return len(pictures)

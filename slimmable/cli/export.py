@@ -90,8 +90,8 @@ def timm_source(options: _Network) -> Source:
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = known["input_size"]
     image = (channels, size or height, size or width)
-    widths, rounding = checked_widths(options.widths), options.rounding or "nearest"
-    model = slimify(model.eval(), widths, rounding=rounding, example_inputs=torch.zeros(2, *image), inplace=True)
+    rules: Any = {"rounding": options.rounding or "nearest", "round_to": options.round_to or 1, "inplace": True}
+    model = slimify(model.eval(), checked_widths(options.widths), example_inputs=torch.zeros(2, *image), **rules)
     if checkpoint is not None:
         weights, tensors = f"`{checkpoint.name}`.", read_weights(checkpoint, "--checkpoint")
         slimmed = any(".narrow." in key for key in tensors)  # otherwise each width's norms get their part

@@ -3,9 +3,9 @@
 import copy
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +21,11 @@ from slimmable._tables import differences
 from slimmable.cli import data
 from slimmable.cli import run as runs
 from slimmable.cli.commands import Evaluate, Pretrain
-from slimmable.cli.config import LOGGERS, PretrainConfig, say
-from slimmable.cli.evaluation import VOTERS, Prober, passes_of, report_run, rows_of_run, set_gates
+from slimmable.cli.config import PretrainConfig, say
+from slimmable.cli.evaluation import VOTERS, Prober, draw_neighbours, passes_of, report_run, rows_of_run, set_gates
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
-from slimmable.cli.report import GATED, Log, Progress, csv_log, logged_rows, make_logs, named_at
+from slimmable.cli.report import GATED, Log, Progress, csv_log, named_at
 from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
 from slimmable.files.description import Tensors
 from slimmable.gating import GateBudget, gate_parameters, gate_plan
@@ -33,7 +33,6 @@ from slimmable.losses import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients, calibrate_bn
 
-GRADIENTS = "gradients.csv"
 _CALIBRATION = 4096  # images for the BatchNorm statistics of a universal network, or one that was fine-tuned
 _GATE_ALPHA = 10.0  # over the whole training: 0.02 per epoch for 500 epochs (Krishna et al. 2023)
 _LEAST_SCALE = 2.0**-20  # of the losses in float16; where gradients overflow even then, scaling is not the matter
@@ -47,8 +46,6 @@ class Training:
         self, config: PretrainConfig, method: Method, images: data.Images, device: torch.device, workers: int = 0
     ) -> None:
         count, batch, processes, groups = len(images.train), config.batch_size, world_size(), config.bn_groups
-        if batch > count:
-            raise UsageError(f"--batch-size {batch} is more than the {count} training images; choose a smaller one")
         if batch % processes:
             raise UsageError(f"--batch-size {batch} cannot be shared by {processes} processes; choose a multiple")
         if groups > 1 and (batch < 2 * groups or batch % groups or groups % processes):
@@ -211,9 +208,9 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 class Watch:
-    """Log of the kNN accuracy of a run's networks in `knn.csv` and in `logs`, without effect on the training."""
+    """Log of the kNN accuracy of a run's networks in `knn.csv`, without effect on the training."""
 
-    def __init__(self, training: Training, folder: Path, logs: Sequence[Log]) -> None:
+    def __init__(self, training: Training, folder: Path) -> None:
         self.training, config, backbone = training, training.config, training.method.backbone
         options = Evaluate(folder, probes=("knn",), workers=training.workers)
         self.prober = Prober(config, training.images, options, most=VOTERS)
@@ -224,7 +221,7 @@ class Watch:
         if config.gate_budget is not None:
             kinds = ("knn/dense", "knn/gated", "gated_share")
             columns = [named_at(kind, width) for width in widths for kind in kinds]
-        self.logs = [csv_log(folder / "knn.csv", columns, training.step), *logs]
+        self.log = csv_log(folder / "knn.csv", columns, training.step)
 
     def look(self) -> str:
         """Evaluate, log the numbers, and return them as text; gates decide without noise, at training's thresholds."""
@@ -234,8 +231,7 @@ class Watch:
         values |= {name.replace(GATED, "gated_share"): cost for name, cost in costs.items()}
         shown = "  ".join(f"{name.lstrip('w')}: {100 * share:.1f}" for name, share in shares.items())
         spent = f"  ({', '.join(f'{cost:.2f}' for cost in costs.values())} of the multiply-adds)" if costs else ""
-        for log in self.logs:
-            log(self.training.step, values)
+        self.log(self.training.step, values)
         return f"kNN accuracy in %  {shown}{spent}"
 
 
@@ -276,13 +272,16 @@ def _way_on(folder: Path) -> str:
 
 def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
-    for name in options.logger:
-        require(LOGGERS[name], name, extra=None)
     for package in ("matplotlib", "tqdm"):
         require(package, package)  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = data.load_images(config)
+    if config.batch_size > (most := len(images.train) // world_size() * world_size()):
+        _tell(
+            options, f"--batch-size {config.batch_size} is lowered to {most}, as there are {len(images.train)} images"
+        )
+        config = replace(config, batch_size=most)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))
     checkpoint = options.output / runs.CHECKPOINT
@@ -309,7 +308,6 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
     if options.diagnostics:
         training.diagnostics = GradientDiagnostics(method.online)
         training.diagnostics.step = training.step
-        training.diagnostics.rows = read_gradients(options.output / GRADIENTS, training.step)
     if not options.resume and rank() == 0:
         write_aside(options.output / runs.CONFIG, lambda path: path.write_text(config.to_json()))
     several = len(config.widths) > 1
@@ -324,6 +322,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
 def _train(training: Training, folder: Path, options: Pretrain) -> None:
     """Take the remaining steps, with a checkpoint after each epoch and a signal; a second one stops immediately."""
     asked: list[int] = []
+    gradients: Log | None = None
     config, gates = training.config, training.gates
     columns = ["learning_rate", *(f"train_loss/w{width:g}" for width in config.widths)]
     columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
@@ -331,18 +330,23 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     with on_signals(lambda number: stop(number) if asked else asked.append(number)), ExitStack() as ends:
         progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet)
-        logs = make_logs(ends, folder, columns, training.step, options.logger, asdict(config)) if rank() == 0 else []
-        watch = Watch(training, folder, logs[1:]) if every and rank() == 0 else None
+        log = csv_log(folder / "losses.csv", columns, training.step) if rank() == 0 else None
+        watch = Watch(training, folder) if every and rank() == 0 else None
         while training.step < training.steps:
             losses = training.take_step()
             if rank() == 0:
                 progress.advance(losses)
+            while training.diagnostics is not None and training.diagnostics.rows and rank() == 0:
+                row = training.diagnostics.rows.pop()
+                at = int(row.pop("step"))
+                gradients = gradients or csv_log(folder / "gradients.csv", [*row], at - 1)
+                gradients(at, row)
             if training.step % options.log_every == 0 or training.step == training.steps:
                 # a universal model's random widths have no curve
                 shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
                 for width, reached in {} if gates is None else gates.reached_at.items():
                     shown[named_at("gated_share", width)] = float(reached)
-                for log in logs:
+                if log is not None:
                     log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
             if stopping or training.step % training.steps_per_epoch == 0:
@@ -351,8 +355,6 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
                     progress.note(watch.look())
                 if rank() == 0:
                     training.save(folder / runs.CHECKPOINT)
-                    if training.diagnostics is not None:
-                        training.diagnostics.to_csv(folder / GRADIENTS)
             if stopping and training.step < training.steps:
                 raise KeyboardInterrupt(asked[0] if asked else signal.SIGTERM)
 
@@ -372,15 +374,10 @@ def _finish(training: Training, folder: Path, options: Pretrain) -> None:
         say(f"{name} is left out: as timm makes it, {config.model} would compute something else at some width")
     default = Evaluate(folder, workers=training.workers)
     _tell(options, report_run(config, rows_of_run(config, training.method, images, default), images, default))
+    draw_neighbours(config, backbone, images, default)
     if (folder / runs.MODEL).exists() and config.gate_budget is None:
         load = f'model = slimmable.load("{folder / runs.MODEL}")  # images in, features out'
         _tell(options, f"import slimmable\n{load}\nsmall = slimmable.extract(model, {config.widths[-1]})\n")
-
-
-def read_gradients(path: Path, done: int) -> list[dict[str, float]]:
-    """Return the rows that `GradientDiagnostics.to_csv` wrote for the steps before `done`."""
-    rows = [{name: float(value or "nan") for name, value in row.items()} for row in logged_rows(path, done - 1)]
-    return [row | {"step": int(row["step"])} for row in rows]
 
 
 def _tell(options: Pretrain, text: str) -> None:

@@ -1,7 +1,6 @@
 """What a run tells: its progress, the metrics of its steps, tables of results, and plots."""
 
 import csv
-import hashlib
 import os
 import re
 import time
@@ -10,19 +9,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, TypeAlias
 
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
-from slimmable.cli.config import LOGGERS, read_text, say
+from slimmable.cli.config import read_text, say
 from slimmable.errors import CheckpointError, explained, require
 
-UNTRAINED, PART = "untrained_", "@"  # before a probe; between it and the part of the labels that it learns from
+PART = "@"  # between a probe and the part of the labels that it learns from
 TITLES = {"knn": "kNN", "linear": "linear", "slimmable": "slimmable probe", "ridge": "ridge"}
 TITLES |= {"classifier": "own classifier", "finetuned": "fine-tuned"}
 TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, top 5"}
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
-MARKERS = {"": "o", DENSE: "o", GATED: "D", STATIC: "s"}
+MARKERS, LINES = {GATED: "D", STATIC: "s"}, {"alone": "--", "cut": ":"}  # of the curves, by the kind of network
 Log: TypeAlias = Callable[[int, Mapping[str, float]], object]  # of a step's metrics by names such as train_loss/w0.5
 _COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
 
@@ -81,8 +81,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(text.split("\n")[:-1], strict=True))
 
 
-def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
-    """Return the rows as a Markdown table, followed by a line of explanation."""
+def to_markdown(rows: Sequence[Row], pixels_knn: float, images: int) -> str:
+    """Return the rows, measured on so many images, as a Markdown table, followed by a line of explanation."""
     first = "network" if rows[0].network else "width"
     lines = []
     for part in dict.fromkeys(name.partition(PART)[2] for name in rows[0].shares):  # a table for each
@@ -90,48 +90,51 @@ def to_markdown(rows: Sequence[Row], pixels_knn: float) -> str:
         titles = " | ".join(map(title_of, names))
         lines += [f"| {first} | parameters | MACs | {titles} |", "|" + "---:|" * (3 + len(names))]
         for row in rows:
-            shares = " | ".join(f"{100 * row.shares[name]:.1f}" if name in row.shares else "" for name in names)
-            lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {shares} |")
+            found = [row.shares.get(name) for name in names]
+            cells = ("" if x is None else f"{100 * x:.1f} ± {196 * (x * (1 - x) / images) ** 0.5:.1f}" for x in found)
+            lines.append(f"| {row.name} | {row.parameters:,} | {row.macs:,} | {' | '.join(cells)} |")
         lines.append("")
-    note = 'Accuracy on held-out images in %; "untrained" is the same network before training.'
+    note = f"Accuracy on {images:,} held-out images in %, ± 95 % for their number."
     return "\n".join([*lines, f"{note} kNN on raw pixels: {100 * pixels_knn:.1f}.", ""])
 
 
 def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None:
-    """Draw accuracy against MACs, trained and untrained, as a PNG file at `path`."""
+    """Draw accuracy against MACs as a PNG file at `path`, with means and deviations of rows that differ by the seed."""
     figure = require("matplotlib.figure", "matplotlib").Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for name, kind in product(rows[0].shares, dict.fromkeys(row.kind for row in rows)):
-        own = [row for row in rows if row.kind == kind and name in row.shares]
-        if own and PART not in name:
-            style: dict[str, Any] = {"linestyle": ":", "alpha": 0.6} if name.startswith(UNTRAINED) else {}
-            style |= {"color": _COLOURS.get(name.removeprefix(UNTRAINED), "tab:red"), "marker": MARKERS.get(kind, "o")}
-            points = [row.macs / 1e6 for row in own], [100 * row.shares[name] for row in own]
-            axes.plot(*points, label=", ".join(filter(None, (title_of(name), kind))), **style)
+        found: dict[float, list[float]] = {}  # by cost, of each seed
+        for row in (row for row in rows if row.kind == kind and name in row.shares and PART not in name):
+            found.setdefault(row.macs / 1e6, []).append(100 * row.shares[name])
+        style = {"color": _COLOURS.get(name, "tab:red"), "marker": MARKERS.get(kind, "o"), "label": title_of(name)}
+        style |= {"label": f"{title_of(name)}, {kind}", "linestyle": LINES.get(kind, "-")} if kind else {}
+        if found:
+            axes.errorbar([*found], [*map(fmean, found.values())], [*map(pstdev, found.values())], capsize=3, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
-    for row in (row for row in rows if row.kind != STATIC):  # those are too close together for labels
+    for row in (row for row in rows if row.kind in ("", DENSE, GATED)):  # others are too close together for labels
         best = row.macs / 1e6, 100 * max(row.shares.values())
         axes.annotate(row.name, best, (0, 6), textcoords="offset points", ha="center")
     axes.set(xlabel="million multiply-accumulates per image", ylabel="accuracy on held-out images (%)")
-    axes.set(title=title, ylim=(0, 100), xmargin=0.1)
+    axes.set(title=title, xmargin=0.1, ymargin=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write_aside(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
 def title_of(name: str) -> str:
-    """Return the title of an accuracy: "untrained kNN" for "untrained_knn", "kNN, 1 % of labels" for "knn@0.01"."""
-    probe, _, fraction = name.removeprefix(UNTRAINED).partition(PART)
-    title = TITLES[probe] + (f", {100 * float(fraction):g} % of labels" if fraction else "")
-    return f"untrained {title}" if name.startswith(UNTRAINED) else title
+    """Return the title of an accuracy: "kNN" for "knn", "kNN, 1 % of labels" for "knn@0.01"."""
+    probe, _, fraction = name.partition(PART)
+    return TITLES[probe] + (f", {100 * float(fraction):g} % of labels" if fraction else "")
 
 
-def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, title: str) -> str:
+def write_report(
+    folder: Path, rows: Sequence[Row], pixels_knn: float, images: int, title: str, others: Sequence[Row] = ()
+) -> str:
     """Write `metrics.csv`, `metrics.md` and `accuracy.png`, each replaced only when complete; return the second."""
-    table = to_markdown(rows, pixels_knn)
+    table = to_markdown(rows, pixels_knn, images)
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))
     write_aside(folder / "metrics.md", lambda path: path.write_text(table))
-    plot(rows, pixels_knn, title, folder / "accuracy.png")
+    plot([*rows, *others], pixels_knn, title, folder / "accuracy.png")
     return table
 
 
@@ -162,37 +165,12 @@ def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
     return rows
 
 
-def make_logs(
-    ends: ExitStack, folder: Path, columns: Sequence[str], done: int, asked: Sequence[str], settings: Mapping[str, Any]
-) -> list[Log]:
-    """Return the logs of a run with `done` steps done: the CSV file, and those `asked` for, which `ends` closes."""
-    logs = [csv_log(folder / "losses.csv", columns, done)]
-    if "tensorboard" in asked:
-        writer = require(LOGGERS["tensorboard"], "tensorboard", extra=None).SummaryWriter
-        board = writer(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-
-        def log(step: int, values: Mapping[str, float]) -> None:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
-            board.flush()
-
-        logs.append(log)
-        ends.callback(board.close)
-    if "wandb" in asked:
-        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # so a resumed run is found again
-        known = {"id": own, "name": folder.name, "dir": str(folder), "config": dict(settings)}
-        run = require("wandb", "wandb", extra=None).init(project="slimmable", resume="allow", **known)
-        logs.append(lambda step, values: run.log(dict(values), step=step))
-        ends.callback(run.finish)
-    return logs
-
-
 class Progress:
     """Progress of a run as a bar on a terminal, until `ends` close, and otherwise as a line after each epoch."""
 
     def __init__(self, ends: ExitStack, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
         self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
-        self.start, self.first = time.monotonic(), done
+        self.since = time.monotonic()  # the start of the epoch
         bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
         self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
         ends.callback(self.bar.close)
@@ -210,5 +188,5 @@ class Progress:
         self.bar.update()
         if self.bar.disable and not self.quiet and self.done % self.steps_per_epoch == 0:
             epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
-            left = (time.monotonic() - self.start) / (self.done - self.first) * (self.steps - self.done)
+            left, self.since = (time.monotonic() - self.since) * (epochs - epoch), time.monotonic()
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

@@ -140,8 +140,9 @@ def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) 
 
 
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order: str | None = None) -> nn.Module:
-    rules: dict[str, Any] = {"rounding": config.rounding, "universal": config.universal, "importance": order}
-    return slimify(network, config.widths, example_inputs=example, inplace=True, **rules)
+    rules: dict[str, Any] = {"universal": config.universal, "importance": order, "inplace": True}
+    rules |= {"rounding": config.rounding, "round_to": config.round_to}
+    return slimify(network, config.widths, example_inputs=example, **rules)
 
 
 def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:

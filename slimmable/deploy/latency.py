@@ -4,16 +4,19 @@ import json
 import math
 import platform
 import random
+import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
 from slimmable._checks import check_whole, checked
@@ -21,11 +24,14 @@ from slimmable._convert import extract
 from slimmable._convert import plan as plan_of
 from slimmable._inputs import Arguments, example_of, tensors
 from slimmable._modules import in_eval_mode
+from slimmable._profile import Profile
 from slimmable._widths import kept_of
 from slimmable.analysis.plan import Plan, Setting, SubNetwork
+from slimmable.deploy.export import export
 from slimmable.deploy.onnx import save_onnx, to_onnx
 from slimmable.deploy.programs import quiet
-from slimmable.errors import CheckpointError, UsageError, explained
+from slimmable.errors import CheckpointError, UsageError, explained, require
+from slimmable.runtime import Session
 
 _NETWORKS, _ROUNDS = 24, 30  # random sub-networks; timings, of which the least counts: other programs only add time
 
@@ -174,3 +180,16 @@ def _times(networks: Sequence[nn.Module], example: Arguments, runtime: str) -> l
             run(*example[0], **example[1])
             best[at] = min(best[at], 1000 * (time.process_time() - start))
     return best
+
+
+def in_onnxruntime(model: nn.Module, images: Tensor, table: Profile, threads: int = 0) -> Profile:
+    """Return the table with the median latencies of a file with all widths, on so many threads; 0: on all."""
+    runtime, rows = require("onnxruntime", "onnxruntime", extra="onnx"), []
+    (options := runtime.SessionOptions()).intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, path := Path(folder, "model.onnx"), example_inputs=images)
+        session = Session(runtime.InferenceSession(path, options))
+        for row in table.rows:
+            _, *times = timeit.repeat(partial(session, images, width=row.width), number=1, repeat=6)
+            rows.append(replace(row, latency_ms=1000 * statistics.median(times)))
+    return Profile(tuple(rows))

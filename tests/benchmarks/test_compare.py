@@ -10,10 +10,10 @@ from benchmarks.compare import main
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.report import Row, write_report
 
-DENSE = Row(1.0, 50, 900, {"knn": 0.75, "untrained_knn": 0.25}, "dense")
-GATED = Row(1.0, 60, 300, {"knn": 0.5, "untrained_knn": 0.125}, "gated 0.3")
+DENSE = Row(1.0, 50, 900, {"knn": 0.75}, "dense")
+GATED = Row(1.0, 60, 300, {"knn": 0.5}, "gated 0.3")
 STATIC = Row(1.0, 20, 280, {"knn": 0.5}, "static 0.3")
-WIDTHS = [Row(width, 10, int(100 * width), {"knn": width, "untrained_knn": 0.1}) for width in (1.0, 0.5)]
+WIDTHS = [Row(width, 10, int(100 * width), {"knn": width}) for width in (1.0, 0.5)]
 
 
 def make_run(folder, rows, **more):

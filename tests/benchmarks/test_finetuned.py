@@ -26,7 +26,7 @@ def test_every_width_is_fine_tuned(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert main([str(copy), "--probes", "knn", "linear", "slimmable", "ridge", "--epochs", "1"]) == 0
-    assert "| kNN | linear | slimmable probe | ridge | fine-tuned | untrained kNN |" in capsys.readouterr().out
+    assert "| kNN | linear | slimmable probe | ridge | fine-tuned |" in capsys.readouterr().out
     assert all(0 <= float(row["finetuned"]) <= 1 for row in read(copy / "metrics.csv"))
     assert slimmable(["export", str(copy), "--width", "0.5", "--format", "safetensors"]) == 0
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def test_a_run_is_that_of_the_command(run, tmp_path, state):
     assert made.folder == tmp_path / "run"
     assert str(made) == (run / "metrics.md").read_text()
     assert [row.width for row in made.rows] == [1.0, 0.5]
-    assert made.rows[0].shares.keys() == {"knn", "linear", "untrained_knn", "untrained_linear"}
+    assert made.rows[0].shares.keys() == {"knn", "linear"}
     images = torch.rand(3, 1, 24, 24)
     saved = slimmable.load(run / "model.safetensors")
     assert not model.training
@@ -181,7 +180,7 @@ def test_a_signal_ends_a_run_at_a_checkpoint_and_then_reaches_the_program(
 
 
 def test_options_that_are_off_are_as_if_left_out(run, tmp_path):
-    off = {"universal": False, "gate_budget": None, "preset": None, "resume": False, "logger": [], "knn_every": None}
+    off = {"universal": False, "gate_budget": None, "preset": None, "resume": False, "knn_every": None}
     slimmable.pretrain(**TINY, **off, output=str(tmp_path / "run"))
     assert contents(tmp_path / "run") == contents(run)
 
@@ -209,22 +208,6 @@ def test_a_thread_that_is_not_the_main_one_can_call_it(run, tmp_path):
     thread.start()
     thread.join()
     assert contents(tmp_path / "run") == contents(run)
-
-
-def test_a_run_ends_its_loggers(tmp_path, monkeypatch):
-    """Otherwise the second run in a process would go on in the log of the first one."""
-    open_runs, names = [], []
-
-    def init(name, **settings):
-        assert open_runs == []
-        open_runs.append(name)
-        names.append(name)
-        return types.SimpleNamespace(log=lambda values, step: None, finish=open_runs.pop)
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for name in ("one", "two"):
-        slimmable.pretrain(**TINY, logger="wandb", output=tmp_path / name)
-    assert (open_runs, names) == ([], ["one", "two"])
 
 
 SMALL = {**TINY, "num_images": 16, "batch_size": 8, "epochs": 1, "slow_start": 0}

@@ -88,7 +88,6 @@ def test_static_networks_cost_what_they_are_named_after(gated_run):
     for budget, row in zip(budgets, static, strict=True):
         assert 0.7 * budget * int(dense["macs"]) < int(row["macs"]) <= budget * int(dense["macs"])
         assert int(row["parameters"]) < int(dense["parameters"])
-        assert row["untrained_knn"] == row["untrained_linear"] == ""
 
 
 def test_knn_on_the_way_is_that_of_the_weights_and_thresholds_then(gated_run, images, backbone):

@@ -51,7 +51,7 @@ def test_rows_are_those_of_each_width_dense_and_gated(gated_run, images, backbon
         else:
             assert int(row["macs"]) == plain[width].macs
             assert int(row["parameters"]) == plain[width].parameters
-        assert 0 <= float(row["untrained_knn"]) <= 1
+        assert 0 <= float(row["knn"]) <= 1
 
 
 def test_logs_have_a_column_for_each_width(gated_run):

@@ -68,13 +68,13 @@ def test_a_run_is_evaluated_with_a_part_of_its_labels(run, capsys):
             assert float(row[f"linear@{fraction:g}"]) == pytest.approx(expected.linear, abs=0.07)
     columns = [line.split(",") for line in before.splitlines()]
     assert [[row[name] for name in columns[0]] for row in found] == columns[1:]
-    assert {"knn@0.5", "untrained_linear@0.25"} <= set(read_rows(run)[0].shares)
+    assert {"knn@0.5", "linear@0.25"} <= set(read_rows(run)[0].shares)
     assert main(["evaluate", str(run), "--device", "cpu", "--workers", "0"]) == 0
     assert (run / "metrics.csv").read_text() == before
 
 
 def test_titles_tell_the_part():
-    assert title_of("untrained_linear@0.01") == "untrained linear, 1 % of labels"
+    assert title_of("linear@0.01") == "linear, 1 % of labels"
     assert title_of("ridge@0.001") == "ridge, 0.1 % of labels"
     with pytest.raises(ValueError):
         title_of("knn@many")

@@ -12,13 +12,16 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchvision.io import read_image
 
 import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import METHODS
+from slimmable.cli.data import load_images
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import load_checkpoint, read_config, save_networks, trained_method
 
@@ -39,11 +42,27 @@ def test_run_folder(run):
     assert names == {"config.json", "checkpoint.safetensors", "losses.csv"} | reports | subnetworks
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["width", "parameters", "macs", "knn", "linear", "untrained_knn", "untrained_linear"]
+    assert list(rows[0]) == ["width", "parameters", "macs", "knn", "linear"]
     assert [float(row["width"]) for row in rows] == [1.0, 0.5]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in list(row)[3:])
     assert (run / "metrics.md").read_text().startswith("| width | parameters | MACs |")
     assert (run / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_row_of_neighbours_begins_with_a_held_out_image(run):
+    """Eight rows of nine images, enlarged to 72 pixels, 6 apart; the narrowest width says which are nearest."""
+    picture = read_image(str(run / "neighbours.png"))
+    assert picture.shape == (3, 8 * 78 + 6, 9 * 78 + 6)
+    config = read_config(run)
+    images = load_images(config)
+    network = slimmable.load(run / "width-0.5.safetensors")
+    with torch.no_grad():
+        asked, known = (F.normalize(network(part.float() / 255)) for part in (images.test[::2], images.train))
+    near = (asked @ known.T).argmax(1)
+    for row in range(8):
+        shown = [picture[:1, 6 + 78 * row :, 6 + 78 * column :][:, :72:3, :72:3] for column in (0, 1)]
+        assert torch.equal(shown[0], images.test[2 * row])
+        assert torch.equal(shown[1], images.train[near[row]])
 
 
 def test_the_configuration_says_what_was_asked_for(run):
@@ -208,7 +227,7 @@ def test_a_universal_run_has_statistics_for_all_its_widths(tiny, tmp_path, capsy
     folder = tmp_path / "run"
     options = [*tiny, "--widths", "1", "0.5", "0.25", "--universal", "--method", "supervised", "--output", str(folder)]
     assert main(["pretrain", *options]) == 0
-    assert "untrained" in capsys.readouterr().out
+    assert "kNN on raw pixels" in capsys.readouterr().out
     tensors, _ = load_checkpoint(folder / "checkpoint.safetensors")
     for place in range(2):
         assert not torch.equal(tensors[f"backbone.bn1.narrow.{place}.running_var"], torch.ones(16 // 2 ** (place + 1)))
@@ -270,4 +289,4 @@ def test_evaluate_takes_every_probe(run, tmp_path, capsys):
     shutil.copytree(run, copy)
     probes = ["--probes", "knn", "linear", "slimmable", "ridge"]
     assert main(["evaluate", str(copy), *probes, "--device", "cpu", "--workers", "0"]) == 0
-    assert "| kNN | linear | slimmable probe | ridge | untrained kNN |" in capsys.readouterr().out
+    assert "| kNN | linear | slimmable probe | ridge |" in capsys.readouterr().out

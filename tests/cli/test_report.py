@@ -53,44 +53,44 @@ def test_csv_reads_back(given_rows):
 
 @given(rows, shares)
 def test_markdown_has_a_line_per_width(given_rows, pixels):
-    lines = to_markdown(given_rows, pixels).splitlines()
+    lines = to_markdown(given_rows, pixels, 100).splitlines()
     assert len(lines) == 2 + len(given_rows) + 2
     assert len({line.count("|") for line in lines[: 2 + len(given_rows)]}) == 1
     assert f"raw pixels: {100 * pixels:.1f}" in lines[-1]
 
 
 def test_what_a_row_looks_like():
-    row = Row(0.5, 1000, 20000, {"knn": 0.75, "untrained_knn": 0.1})
-    assert to_csv([row]) == "width,parameters,macs,knn,untrained_knn\n0.5,1000,20000,0.7500,0.1000\n"
-    assert to_markdown([row], pixels_knn=0.5).splitlines() == [
-        "| width | parameters | MACs | kNN | untrained kNN |",
+    row = Row(0.5, 1000, 20000, {"knn": 0.75, "linear": 0.1})
+    assert to_csv([row]) == "width,parameters,macs,knn,linear\n0.5,1000,20000,0.7500,0.1000\n"
+    assert to_markdown([row], pixels_knn=0.5, images=1024).splitlines() == [
+        "| width | parameters | MACs | kNN | linear |",
         "|---:|---:|---:|---:|---:|",
-        "| 0.5 | 1,000 | 20,000 | 75.0 | 10.0 |",
+        "| 0.5 | 1,000 | 20,000 | 75.0 ± 2.7 | 10.0 ± 1.8 |",
         "",
-        'Accuracy on held-out images in %; "untrained" is the same network before training. kNN on raw pixels: 50.0.',
+        "Accuracy on 1,024 held-out images in %, ± 95 % for their number. kNN on raw pixels: 50.0.",
     ]
 
 
-DENSE = Row(1.0, 50, 900, {"knn": 0.75, "linear": 0.5, "untrained_knn": 0.25}, "dense")
-GATED = Row(1.0, 60, 300, {"knn": 0.5, "linear": 0.25, "untrained_knn": 0.125}, "gated 0.3")
+DENSE = Row(1.0, 50, 900, {"knn": 0.75, "linear": 0.5, "ridge": 0.25}, "dense")
+GATED = Row(1.0, 60, 300, {"knn": 0.5, "linear": 0.25, "ridge": 0.125}, "gated 0.3")
 STATIC = Row(1.0, 20, 280, {"knn": 0.5, "linear": 0.125}, "static 0.3")
 
 
 def test_networks_of_a_gated_run_have_a_column(tmp_path):
     """What was not measured of a network is empty."""
-    write_report(tmp_path, [DENSE, GATED, STATIC], 0.5, "title")
+    write_report(tmp_path, [DENSE, GATED, STATIC], 0.5, 100, "title")
     assert (tmp_path / "metrics.csv").read_text().splitlines() == [
-        "network,width,parameters,macs,knn,linear,untrained_knn",
+        "network,width,parameters,macs,knn,linear,ridge",
         "dense,1.0,50,900,0.7500,0.5000,0.2500",
         "gated 0.3,1.0,60,300,0.5000,0.2500,0.1250",
         "static 0.3,1.0,20,280,0.5000,0.1250,",
     ]
     assert (tmp_path / "metrics.md").read_text().splitlines()[:5] == [
-        "| network | parameters | MACs | kNN | linear | untrained kNN |",
+        "| network | parameters | MACs | kNN | linear | ridge |",
         "|---:|---:|---:|---:|---:|---:|",
-        "| dense | 50 | 900 | 75.0 | 50.0 | 25.0 |",
-        "| gated 0.3 | 60 | 300 | 50.0 | 25.0 | 12.5 |",
-        "| static 0.3 | 20 | 280 | 50.0 | 12.5 |  |",
+        "| dense | 50 | 900 | 75.0 ± 8.5 | 50.0 ± 9.8 | 25.0 ± 8.5 |",
+        "| gated 0.3 | 60 | 300 | 50.0 ± 9.8 | 25.0 ± 8.5 | 12.5 ± 6.5 |",
+        "| static 0.3 | 20 | 280 | 50.0 ± 9.8 | 12.5 ± 6.5 |  |",
     ]
     assert read_rows(tmp_path) == [DENSE, GATED, STATIC]
 
@@ -105,7 +105,7 @@ def test_another_file_is_no_report(tmp_path, text):
 
 
 def test_plot_of_one_width_and_of_many(tmp_path):
-    many = [Row(width, 10, int(1e6 * width), {"knn": width, "untrained_knn": 0.1}) for width in (1.0, 0.75, 0.5, 0.25)]
+    many = [Row(width, 10, int(1e6 * width), {"knn": width, "linear": 0.1}) for width in (1.0, 0.75, 0.5, 0.25)]
     for measured in (many, many[:1], [DENSE, GATED, STATIC]):
         plot(measured, 0.5, "title", tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -113,8 +113,8 @@ def test_plot_of_one_width_and_of_many(tmp_path):
 
 def test_report_replaces_the_previous_one(tmp_path):
     first, second = (Row(1.0, 10, 100, {"knn": accuracy}) for accuracy in (0.25, 0.75))
-    write_report(tmp_path, [first], 0.5, "title")
-    write_report(tmp_path, [second], 0.5, "title")
+    write_report(tmp_path, [first], 0.5, 100, "title")
+    write_report(tmp_path, [second], 0.5, 100, "title")
     assert (tmp_path / "metrics.csv").read_text() == to_csv([second])
     assert read_rows(tmp_path) == [second]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "metrics.csv", "metrics.md"]

@@ -190,7 +190,6 @@ case(
 )
 case("_cdist_forward", T, (4, 2, 8), call=lambda op, x, y: op(x, y, 1.0, None))
 case("_euclidean_dist", M, (8, 6))
-case("_trilinear", M, (2, 6, 8), (4, 8), call=lambda op, x, w, y: op(x, w, y, [1, 3], [0], [1, 2], [2, 3]))
 case("mse_loss smooth_l1_loss huber_loss", M, M)
 case("binary_cross_entropy_with_logits", M, positive(4, 6), M)
 case("binary_cross_entropy", positive(4, 6), positive(4, 6), call=lambda op, x, y: op(x.tanh(), y.tanh()))

@@ -260,6 +260,7 @@ PINNED = {
     "sorted": {"a"},
     "rolled": {"a"},
     "tied": {"w"},
+    "bilinear": {"a", "b"},
 }  # what rightly stays full there
 
 
