@@ -25,7 +25,7 @@ from slimmable._width import at_width, places_of, widths_of
 from slimmable._widths import number_or_nan
 from slimmable.analysis.fake import FakeModel, layers_in_parts
 from slimmable.analysis.plan import Plan, SubNetwork
-from slimmable.errors import ConversionError, UsageError
+from slimmable.errors import ConversionError, UsageError, require
 from slimmable.training.batchnorm import ModelInput, collect_statistics
 from slimmable.view.norms import SwitchableContainer
 from slimmable.view.state import state_of
@@ -74,6 +74,16 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON data: {"rows": one dict per width, by field of `Row`}."""
         return {"rows": [asdict(row) for row in self.rows]}
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of each cost by width, as a share of the widest one's."""
+        axes = require("matplotlib.figure", "matplotlib").Figure((5, 3), layout="constrained").subplots()
+        for name in (each.name for each in fields(Row)[1:] if getattr(self.rows[0], each.name)):
+            costs = {row.width: getattr(row, name) / getattr(self.rows[0], name) for row in self.rows}
+            axes.plot([*costs], [*costs.values()], marker="o", label=name)
+        axes.legend()
+        axes.set(xlabel="width", ylabel="share of the full network")
+        return axes.figure
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, with the fields of `Row` as its header."""

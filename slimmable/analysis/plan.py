@@ -16,7 +16,7 @@ from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, number_or_nan, width_index
 from slimmable.analysis.integers import Attribute, Constraint
 from slimmable.analysis.labels import Ids, Mask
-from slimmable.errors import WidthError
+from slimmable.errors import WidthError, require
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
 Counts = NDArray[np.int64]  # kept units of each group, then a 1 for what stays full
@@ -313,6 +313,20 @@ class Plan:
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
         full = html_table(["kept at full width", "units", "reason"], pins) if pins else ""
         return html_table(header, groups) + full + html_table(["output", "shape", "kind", "reason"], _outputs(self))
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of what layers read and make: units of one colour belong together, grey stay."""
+        cells = {axis: number for number, group in enumerate(self.groups) for axis in group.members}
+        cells |= {pin.axis: -1 for pin in self.pins}
+        layers = [path for path, name in self.channels.sizes if name == "weight"]
+        figure = require("matplotlib.figure", "matplotlib").Figure((5, 0.6 + len(layers) / 4), layout="constrained")
+        axes = figure.subplots()
+        for (row, path), axis in product(enumerate(layers), (1, 0)):
+            if (number := cells.get((path, "weight", axis))) is not None:
+                axes.barh(-row, 0.95, left=1 - axis, color="lightgrey" if number < 0 else f"C{number % 10}")
+                axes.text(1.47 - axis, -row, "full" if number < 0 else number, ha="center", va="center")
+        axes.set(yticks=range(0, -len(layers), -1), yticklabels=layers, xticks=(0.47, 1.47), xticklabels=("in", "out"))
+        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data.

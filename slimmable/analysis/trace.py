@@ -19,9 +19,7 @@ from slimmable._modules import is_under, size_axes, swapped, tensors_of
 from slimmable._reach import written
 from slimmable._tables import listed
 from slimmable.analysis import _rules
-from slimmable.analysis._rules import RULES as RULES
-from slimmable.analysis._rules import Call, ModuleCall
-from slimmable.analysis._rules import Context as Context
+from slimmable.analysis._rules import RULES as RULES, Call, Context as Context, ModuleCall
 from slimmable.analysis.fake import FakeModel
 from slimmable.analysis.integers import Attribute, Expression, TracedInt, size_of
 from slimmable.analysis.labels import Ids

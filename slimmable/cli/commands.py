@@ -32,7 +32,7 @@ from slimmable.cli.config import (
 )
 from slimmable.errors import UsageError, WidthError, explained
 
-ALL = "all"
+ALL, _FORMATS = "all", ("pt2", "onnx", "safetensors")
 _UNSEEN = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
@@ -181,11 +181,7 @@ class Export(_Network):
 
     width: tuple[float | str, ...] = option((), **_WIDTH)
     format: tuple[str, ...] | None = option(
-        None,
-        "pt2: for torch.export.load; onnx: for any ONNX runtime; safetensors: for slimmable.load; can be repeated",
-        choices=("pt2", "onnx", "safetensors"),
-        shown="pt2, and onnx if it is installed",
-        action="append",
+        None, "of the files; can be repeated", choices=_FORMATS, shown="pt2, and onnx if installed", action="append"
     )
     all_widths: bool = option(False, "write all widths into one file, with one set of weights, instead of --width")
     budget: float | None = option(None, "instead, the widest one of at most this share of the MACs", within=(1e-6, 1))

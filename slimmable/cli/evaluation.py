@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from slimmable._atomic import write_aside
@@ -86,28 +86,26 @@ def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> di
 
 def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, options: Evaluate) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
-    gates = "" if config.gate_budget is None else f", gated to {config.gate_budget:g}"
-    title = f"{config.model}, {config.epochs} epochs of {config.method}{gates}"
+    title = f"{config.model}, {config.epochs} epochs of {config.method}"
     size = min(config.image_size, 32)
     train, test = (Plain(part, size, most=VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, options.count_workers(), batch_size=256))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
-    plain = replace(config, seed=0, mean=None, std=None)
-    others = report.read_rows(_FIRST_RUN) if plain == configure({}) else []
-    return report.write_report(options.run, rows, pixels, len(images.test_labels), title, others)
+    others = report.read_rows(_FIRST_RUN) if replace(config, seed=0, mean=None, std=None) == configure({}) else []
+    return report.write_report(options.run, rows, pixels, len(images.test_labels), title, *others)
 
 
 def draw_neighbours(config: PretrainConfig, backbone: nn.Module, images: Images, options: Evaluate) -> None:
     """Draw held-out images, each in front of the training images that are nearest to it at the narrowest width."""
-    size, workers = config.image_size, options.count_workers()
-    sets = [Plain(*part, normalisation(config), VOTERS) for part in ((images.test, size), (images.train, size))]
+    sets = [Plain(part, config.image_size, normalisation(config), VOTERS) for part in (images.test, images.train)]
     passes = {"": partial(at_width, backbone, config.widths[-1])}
-    asked, known = (F.normalize(features_in(passes, backbone, part, workers)[0][""]) for part in sets)
+    asked, known = (F.normalize(features_in(passes, backbone, part, options.count_workers())[0][""]) for part in sets)
     every = -(-len(asked) // _SHOWN)
     near = (asked[::every] @ known.T).topk(min(_SHOWN, len(known))).indices.tolist()
     drawn = [each for at, row in enumerate(near) for each in (sets[0][at * every], *map(sets[1].__getitem__, row))]
-    grid = make_grid(drawn, 1 + len(near[0]), pad_value=255).repeat_interleave(zoom := -(-72 // size), 1)
-    write_aside(options.run / "neighbours.png", lambda path: write_png(grid.repeat_interleave(zoom, 2), str(path)))
+    grid, zoom = make_grid(drawn, 1 + len(near[0]), pad_value=255), -(-72 // config.image_size)
+    picture = to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    write_aside(options.run / "neighbours.png", picture.save)
 
 
 def rows_of_run(config: PretrainConfig, method: Method, images: Images, options: Evaluate) -> list[Row]:

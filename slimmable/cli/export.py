@@ -18,8 +18,7 @@ from slimmable.cli import run as runs
 from slimmable.cli.commands import _Network
 from slimmable.cli.config import DIGITS, checked_widths
 from slimmable.cli.report import DENSE, read_rows
-from slimmable.deploy.export import File
-from slimmable.deploy.export import export as write
+from slimmable.deploy.export import File, export as write
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
 from slimmable.files.model import build, full_state_dict, load, read, read_weights

@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, rank, world_size
 from slimmable._tables import differences
-from slimmable.cli import data
-from slimmable.cli import run as runs
+from slimmable.cli import data, run as runs
 from slimmable.cli.commands import Evaluate, Pretrain
 from slimmable.cli.config import PretrainConfig, say
 from slimmable.cli.evaluation import VOTERS, Prober, draw_neighbours, passes_of, report_run, rows_of_run, set_gates
@@ -212,8 +211,7 @@ class Watch:
 
     def __init__(self, training: Training, folder: Path) -> None:
         self.training, config, backbone = training, training.config, training.method.backbone
-        options = Evaluate(folder, probes=("knn",), workers=training.workers)
-        self.prober = Prober(config, training.images, options, most=VOTERS)
+        self.prober = Prober(config, training.images, Evaluate(folder, ("knn",), workers=training.workers), VOTERS)
         # a universal model has no statistics for the other widths before the end
         widths = config.widths[:: len(config.widths) - 1] if config.universal else config.widths
         self.passes = passes_of(config, backbone, widths)

@@ -127,9 +127,7 @@ def title_of(name: str) -> str:
     return TITLES[probe] + (f", {100 * float(fraction):g} % of labels" if fraction else "")
 
 
-def write_report(
-    folder: Path, rows: Sequence[Row], pixels_knn: float, images: int, title: str, others: Sequence[Row] = ()
-) -> str:
+def write_report(folder: Path, rows: Sequence[Row], pixels_knn: float, images: int, title: str, *others: Row) -> str:
     """Write `metrics.csv`, `metrics.md` and `accuracy.png`, each replaced only when complete; return the second."""
     table = to_markdown(rows, pixels_knn, images)
     write_aside(folder / "metrics.csv", lambda path: path.write_text(to_csv(rows)))

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from slimmable._atomic import write_aside
 from slimmable._checks import check_whole, checked
-from slimmable._convert import extract
-from slimmable._convert import plan as plan_of
+from slimmable._convert import extract, plan as plan_of
 from slimmable._inputs import Arguments, example_of, tensors
 from slimmable._modules import in_eval_mode
 from slimmable._profile import Profile

@@ -14,8 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm import models, scheduler
-from timm import task as tasks
+from timm import models, scheduler, task as tasks
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 

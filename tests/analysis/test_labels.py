@@ -3,8 +3,7 @@
 import copy
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from slimmable.analysis.labels import Labels, spread
 

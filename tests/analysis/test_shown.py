@@ -86,3 +86,32 @@ def test_a_profile_is_plain_data_and_a_table(model):
     assert "<th>MACs</th>" in html
     assert "<td>9,216</td>" in html
     assert html.count("<tr>") == 3
+
+
+def texts(axes):
+    return {(round(text.get_position()[0]), -text.get_position()[1]): text.get_text() for text in axes.texts}
+
+
+def test_the_picture_of_a_plan_shows_which_axes_belong_together(model, plan):
+    pytest.importorskip("matplotlib")
+    (axes,) = plan.plot().axes
+    layers = [label.get_text() for label in axes.get_yticklabels()]
+    shown = texts(axes)
+    named = {(layers[row], ("in", "out")[column]): text for (column, row), text in shown.items()}
+    for number, group in enumerate(plan.groups):
+        for path, name, axis in group.members:
+            if name == "weight":
+                assert named.pop((path, ("out", "in")[axis])) == str(number)
+    full = [(pin.axis[0], ("out", "in")[pin.axis[2]]) for pin in plan.pins if pin.axis[1] == "weight"]
+    assert named == dict.fromkeys(full, "full")
+    assert full
+
+
+def test_the_picture_of_a_profile_has_a_line_for_each_cost(model):
+    pytest.importorskip("matplotlib")
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=torch.zeros(1, 3, 8, 8))
+    table = slimmable.profile(slim, (3, 8, 8), repeats=0)
+    (axes,) = table.plot().axes
+    lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert list(lines) == ["parameters", "macs", "activations"]  # no latency was measured
+    assert lines["macs"] == {1.0: 1.0, 0.5: table.rows[1].macs / table.rows[0].macs}

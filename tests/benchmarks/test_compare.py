@@ -3,8 +3,7 @@
 import csv
 from dataclasses import replace
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.compare import main
 from slimmable.cli.config import PretrainConfig

@@ -1,8 +1,7 @@
 """The drawn characters that benchmarks train on."""
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.glyphs import CHARACTERS, glyphs
 

@@ -1,5 +1,6 @@
 """`extract` of a run, `profile` and `plan`, and what the program says about itself."""
 
+import json
 import subprocess
 import sys
 
@@ -64,6 +65,62 @@ def test_profile_prints_and_writes_the_table(tmp_path, capsys):
     assert full.startswith("1.0,")
     assert half.startswith("0.5,")
     assert int(half.split(",")[2]) < 0.34 * int(full.split(",")[2])
+
+
+def test_profile_of_a_batch_is_written_as_json(tmp_path, capsys):
+    rows = {}
+    for batch in (1, 4):
+        path = tmp_path / f"{batch}.json"
+        assert main(["profile", "test_resnet", "--image-size", "32", "--batch", str(batch), "--json", str(path)]) == 0
+        rows[batch] = json.loads(path.read_text())["rows"]
+    assert [row["macs"] for row in rows[4]] == [4 * row["macs"] for row in rows[1]]
+    assert "latency" in capsys.readouterr().out
+
+
+def test_profile_in_onnxruntime_has_its_latencies(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    made, session = [], runtime.InferenceSession
+
+    def noted(path, options=None, **more):
+        made.append(options)
+        return session(path, options, **more)
+
+    monkeypatch.setattr(runtime, "InferenceSession", noted)
+    path = tmp_path / "costs.json"
+    options = ["--image-size", "32", "--runtime", "onnx", "--threads", "1", "--json", str(path)]
+    assert main(["profile", "test_resnet", "--widths", "1", "0.5", *options]) == 0
+    assert [row["latency_ms"] > 0 for row in json.loads(path.read_text())["rows"]] == [True, True]
+    assert [each.intra_op_num_threads for each in made if isinstance(each, runtime.SessionOptions)][-1] == 1
+
+
+def test_plan_as_json_is_the_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    assert main(["plan", "test_resnet", "--widths", "1", "0.5", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()) == slimmable.plan(timm.create_model("test_resnet"), (1.0, 0.5)).to_dict()
+
+
+def test_units_are_multiples(tmp_path):
+    path = tmp_path / "plan.json"
+    assert main(["plan", "test_resnet", "--widths", "1", "0.3", "--round-to", "8", "--json", str(path)]) == 0
+    groups = json.loads(path.read_text())["groups"]
+    assert all(kept % 8 == 0 for group in groups for kept in group["kept"])
+
+
+@pytest.mark.parametrize(("limits", "width"), [(("--budget", "0.3"), 0.5), (("--latency", "1e6"), 1.0)])
+def test_export_writes_the_widest_width_that_keeps_to_a_limit(tmp_path, limits, width):
+    options = ["--image-size", "32", "--format", "safetensors", "--output", str(tmp_path)]
+    assert main(["export", "test_resnet", *limits, *options]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"width-{width}.safetensors", "README.md"}
+
+
+def test_a_limit_that_no_width_keeps_to_is_refused(tmp_path, capsys):
+    options = ["--budget", "0.5", "--latency", "1e-9", "--output", str(tmp_path / "out")]
+    assert main(["export", "test_resnet", *options]) == 2
+    assert "is too little: the narrowest width 0.25 costs 0.068 of the MACs and " in capsys.readouterr().err
+    assert main(["export", "test_resnet", "--budget", "0.5", "--width", "0.5"]) == 2
+    assert "each say what to write; give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_prints_what_is_pinned(capsys):

@@ -56,7 +56,7 @@ def test_the_run_tells_what_its_gates_cost(gated_run, capsys, images, backbone):
 
 def test_run_folder(gated_run):
     names = {path.name for path in gated_run.iterdir()}
-    reports = {"metrics.csv", "metrics.md", "accuracy.png", "losses.csv", "knn.csv"}
+    reports = {"metrics.csv", "metrics.md", "accuracy.png", "neighbours.png", "losses.csv", "knn.csv"}
     assert names == {"config.json", "checkpoint.safetensors", "model.safetensors", "width-1.0.safetensors"} | reports
     (row,) = read(gated_run / "losses.csv")
     assert list(row) == ["step", "learning_rate", "train_loss/w1", "gated_share"]

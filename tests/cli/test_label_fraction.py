@@ -5,8 +5,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from slimmable import at_width, set_width
 from slimmable.__main__ import main

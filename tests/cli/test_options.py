@@ -1,6 +1,7 @@
 """The options, stated once: what the parser, the checks and the docs make of them; and that the parser is quick."""
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,13 +9,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.distributed.run import get_args_parser
 
 import slimmable
 from slimmable.__main__ import main
-from slimmable.cli.commands import COMMANDS, make_parser
+from slimmable.cli.commands import COMMANDS, make_parser, parse
 from slimmable.cli.config import DISTILLATIONS, PretrainConfig, flag
 from slimmable.errors import UsageError
 from slimmable.losses import DistillationKind
@@ -49,6 +49,24 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"slimmable {slimmable.__version__}\n"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_each_help_is_one(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = " ".join(capsys.readouterr().out.split()).partition("example: slimmable ")[2]
+    name, given = parse(shlex.split(example))
+    assert name == command
+    assert len(given) > 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_options_and_choices(capsys, shell):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*COMMANDS, "--slow-start", "barlowtwins"))
+
+
 def test_the_bare_program_shows_its_help(capsys):
     assert exits() == 2
     assert capsys.readouterr().err.startswith("usage: slimmable ")
@@ -68,6 +86,10 @@ def test_the_bare_program_shows_its_help(capsys):
         (["evaluate", "run", "other"], "slimmable evaluate: there is no option other\n"),
         (["--loud"], "slimmable: the following arguments are required: COMMAND"),
         (["pretrain", "--opt", "adamm"], "slimmable pretrain: argument --opt: invalid choice: 'adamm' (choose from"),
+        (
+            ["pretrain", "--preset", "byol"],
+            "slimmable pretrain: no --preset is called byol, but slimclr-mocov2-imagenet",
+        ),
         (["pretrain", "--epochs", "few"], "slimmable pretrain: argument --epochs: invalid int value: 'few'"),
     ],
 )
@@ -76,6 +98,14 @@ def test_typos(capsys, arguments, message):
     output = capsys.readouterr()
     assert output.err.startswith(message)
     assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "meant"), [("--method", "simcl", "simclr"), ("--preset", "byol-imagnet", "byol-imagenet")]
+)
+def test_typos_in_choices(capsys, option, typed, meant):
+    assert main(["pretrain", option, typed]) == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
 
 
 def test_every_kind_of_distillation_is_a_choice():

@@ -13,9 +13,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 
 import slimmable
 from slimmable.__main__ import main
@@ -38,7 +39,7 @@ def assert_same_results(folder, other):
 def test_run_folder(run):
     names = {path.name for path in run.iterdir()}
     subnetworks = {"model.safetensors", "width-1.0.safetensors", "width-0.5.safetensors"}
-    reports = {"metrics.csv", "metrics.md", "accuracy.png"}
+    reports = {"metrics.csv", "metrics.md", "accuracy.png", "neighbours.png"}
     assert names == {"config.json", "checkpoint.safetensors", "losses.csv"} | reports | subnetworks
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -51,7 +52,7 @@ def test_run_folder(run):
 
 def test_each_row_of_neighbours_begins_with_a_held_out_image(run):
     """Eight rows of nine images, enlarged to 72 pixels, 6 apart; the narrowest width says which are nearest."""
-    picture = read_image(str(run / "neighbours.png"))
+    picture = pil_to_tensor(Image.open(run / "neighbours.png"))
     assert picture.shape == (3, 8 * 78 + 6, 9 * 78 + 6)
     config = read_config(run)
     images = load_images(config)

@@ -6,26 +6,13 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from slimmable.cli.report import (
-    TITLES,
-    UNTRAINED,
-    Progress,
-    Row,
-    plot,
-    read_rows,
-    to_csv,
-    to_markdown,
-    write_report,
-)
+from slimmable.cli.report import TITLES, Progress, Row, plot, read_rows, to_csv, to_markdown, write_report
 from slimmable.errors import CheckpointError
 
 shares = st.floats(0, 1)
-names = st.lists(
-    st.sampled_from([prefix + name for prefix in ("", UNTRAINED) for name in TITLES]), min_size=1, unique=True
-)
+names = st.lists(st.sampled_from(list(TITLES)), min_size=1, unique=True)
 rows = names.flatmap(
     lambda chosen: st.lists(
         st.builds(
@@ -109,6 +96,17 @@ def test_plot_of_one_width_and_of_many(tmp_path):
     for measured in (many, many[:1], [DENSE, GATED, STATIC]):
         plot(measured, 0.5, "title", tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_networks_are_drawn_beside_a_run_and_are_not_in_its_table(tmp_path):
+    own = [Row(width, 10, int(1e6 * width), {"linear": width}) for width in (1.0, 0.5)]
+    others = [Row(0.5, 10, 500_000, {"linear": share}, "alone") for share in (0.25, 0.5)]  # of two seeds
+    with_them, without = (tmp_path / name for name in ("with", "without"))
+    for folder, more in ((with_them, others), (without, [])):
+        folder.mkdir()
+        write_report(folder, own, 0.5, 100, "title", *more)
+    assert (with_them / "metrics.csv").read_text() == (without / "metrics.csv").read_text()
+    assert (with_them / "accuracy.png").read_bytes() != (without / "accuracy.png").read_bytes()
 
 
 def test_report_replaces_the_previous_one(tmp_path):

@@ -8,8 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torchvision.transforms import v2
 
 from slimmable.cli.config import AUGMENTATIONS

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 

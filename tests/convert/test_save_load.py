@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -6,10 +6,8 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d, SyncBatchNormAct
-from timm.layers import convert_sync_batchnorm as timm_convert_sync_batchnorm
+from hypothesis import given, settings, strategies as st
+from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm as timm_convert_sync_batchnorm
 from torch import nn
 from torch.autograd.function import Function
 from torch.func import functional_call

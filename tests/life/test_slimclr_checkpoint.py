@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F

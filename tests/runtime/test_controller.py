@@ -9,8 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from slimmable.errors import SlimmableError
 from slimmable.runtime import WidthController
