@@ -103,7 +103,6 @@ def test_the_signature_and_the_help_have_every_option_of_the_command():
     [
         ({"epoch": 3}, UsageError, "there is no option epoch; did you mean epochs?"),
         ({"epochs": "few"}, UsageError, "argument --epochs: invalid int value: 'few'"),
-        ({"batch_size": 65}, UsageError, "--batch-size 65 is more than the 64 training images"),
         ({"method": "simple"}, UsageError, "argument --method: invalid choice: 'simple'"),
         ({"method": "simclr", "preset": "byol-imagenet"}, UsageError, "--preset byol-imagenet is for --method byol"),
         ({"data": "nowhere"}, DataError, "--data nowhere: there is no such folder"),

@@ -32,7 +32,7 @@ def test_what_is_given_comes_before_the_preset():
 @pytest.mark.parametrize(
     ("given", "preset", "message"),
     [
-        ({}, "slimclr-imagenet", "there is no --preset slimclr-imagenet; choose one of slimclr-mocov2-imagenet"),
+        ({}, "slimclr-imagenet", "no --preset is called slimclr-imagenet, but slimclr-mocov2-imagenet"),
         ({"method": "byol"}, "vicreg-imagenet", "--preset vicreg-imagenet is for --method vicreg, not byol"),
         ({"method": "dinov2"}, None, "--method cannot be dinov2; choose from mocov2"),
         ({"method": "byol", "local_crops": 2}, None, "--local-crops is for --method dino, not byol"),
