@@ -33,6 +33,7 @@ def test_code_fits_its_box():
     readme = re.sub(r"^## Run it\n.*?(?=^## )", "", README, flags=re.MULTILINE | re.DOTALL)
     texts = [("README.md", readme), *((path.name, text) for path, text in PAGES.items())]
     code = [(name, block) for name, text in texts for _, block in BLOCK.findall(text) if block not in PUBLISHED]
+    code += [(path.name, path.read_text()) for path in (ROOT / "docs" / "examples").iterdir()]
     assert len(code) > 100
     assert [(name, line) for name, block in code for line in block.splitlines() if len(line) > 100] == []
 
