@@ -1,4 +1,7 @@
-"""Run an ONNX file of `slimmable.export`, whose path is the argument, at all widths in turn; print the latencies."""
+"""Run an ONNX file of `slimmable.export` at all widths in turn, and print the latencies.
+
+Its path is the argument.
+"""
 
 import json
 import sys

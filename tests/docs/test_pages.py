@@ -10,6 +10,7 @@ import pytest
 
 import slimmable
 from slimmable.cli.commands import make_parser
+from tests.docs.test_examples import BLOCK, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,16 @@ ON_THE_PAGE = [
 
 def test_the_readme_fits_two_screens():
     assert len(README.splitlines()) <= 100
+
+
+def test_code_fits_its_box():
+    """On a screen of 1366 pixels a box shows 100 columns; diffs that are published are shown as they are."""
+    readme = re.sub(r"^## Run it\n.*?(?=^## )", "", README, flags=re.MULTILINE | re.DOTALL)
+    texts = [("README.md", readme), *((path.name, text) for path, text in PAGES.items())]
+    code = [(name, block) for name, text in texts for _, block in BLOCK.findall(text) if block not in PUBLISHED]
+    code += [(path.name, path.read_text()) for path in (ROOT / "docs" / "examples").iterdir()]
+    assert len(code) > 100
+    assert [(name, line) for name, block in code for line in block.splitlines() if len(line) > 100] == []
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -1,32 +1,35 @@
-"""The built pages: every public name has its place in the reference, and no page is empty."""
+"""The built pages: every public name has its place in the reference and in its index, and no page is empty."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib import import_module
 
 import pytest
 
-import slimmable
 from tests.docs.test_examples import ROOT
 
 pytest.importorskip("mkdocs")
-PUBLIC = [f"slimmable.{name}" for name in slimmable.__all__] + [
-    f"slimmable.{room}.{name}" for room in slimmable._SUBMODULES for name in import_module(f"slimmable.{room}").__all__
-]
+_SPEC = importlib.util.spec_from_file_location("name_index", ROOT / "docs" / "extensions" / "name_index.py")
+name_index = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(name_index)
+PUBLIC = name_index.public_names()
 
 
 class Page(HTMLParser):
-    """The ids of a page, and the text of its article."""
+    """The ids of a page, its links to what is in the reference, and the number of words of its article."""
 
     def __init__(self, text):
         super().__init__()
-        self.ids, self.words, self.inside = set(), 0, False
+        self.ids, self.references, self.words, self.inside = set(), [], 0, False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self.ids |= {value for name, value in attributes if name == "id"}
+        found = dict(attributes)
+        self.ids |= {found.get("id")}
+        if "autorefs" in (found.get("class") or "").split():
+            self.references.append(found["href"])
         self.inside = self.inside or tag == "article"
 
     def handle_endtag(self, tag):
@@ -40,14 +43,26 @@ class Page(HTMLParser):
 def pages(tmp_path_factory):
     """Return the pages of the site by path."""
     site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(site)]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    # Not with -q, under which --strict overlooks warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert built.returncode == 0, built.stderr
     return {path.relative_to(site).as_posix(): Page(path.read_text()) for path in site.rglob("index.html")}
 
 
-def test_every_public_name_is_in_the_reference(pages):
-    known = set().union(*(page.ids for path, page in pages.items() if path.startswith("reference/")))
-    assert [name for name in PUBLIC if name not in known] == []
+def test_every_public_name_leads_to_its_place_in_the_reference(pages):
+    """What two modules export has one place, under one of its names; a link by the other leads there too."""
+    links = [link.partition("#") for link in pages["reference/index.html"].references]
+    assert len(links) == name_index.PAGE.read_text().count("| [`")
+    assert [anchor for page, _, anchor in links if anchor not in pages[f"reference/{page}index.html"].ids] == []
+    assert {anchor.rpartition(".")[2] for _, _, anchor in links} <= {name.rpartition(".")[2] for name in PUBLIC}
+
+
+def test_the_index_is_made_from_the_public_names():
+    page = name_index.PAGE.read_text()
+    assert page == name_index.with_names(page), "run: PYTHONPATH=. python docs/extensions/name_index.py"
+    assert all(f"`{place}`" in page and f"[`{name}`]" in page for place, _, name in (n.rpartition(".") for n in PUBLIC))
 
 
 def test_no_page_is_empty(pages):
