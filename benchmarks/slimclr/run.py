@@ -2,15 +2,18 @@
 
     python -m benchmarks.slimclr.run                       # every arm and seed that has no result yet; hours
     python -m benchmarks.slimclr.run --data digits --seeds 0 1 --arms all alone
+    python -m benchmarks.slimclr.run --data fashion        # see README.md
     python -m benchmarks.slimclr.run --quick               # a smoke run of seconds
 
-Each run pre-trains by MoCo v2 and evaluates the frozen features at every width. A run that was interrupted starts anew;
-finished ones stand in `results/<data>.csv` and are not repeated. Several processes may work on different seeds.
+Each run pre-trains by MoCo v2, on Fashion-MNIST by SimCLR, and evaluates the frozen features at every width. A run that
+was interrupted starts anew; finished ones stand in `results/<data>.csv` and are not repeated. Several processes may
+work on different seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 import slimmable
 from benchmarks.glyphs import glyphs
@@ -47,6 +52,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "all, longer": {"epochs": 42},  # as many multiply-adds as the networks alone
     "labels": BARE | {"method": "supervised"},  # for its gradients
 }
+OURS: dict[str, Any] = {"slow_start": 0.2, "distill": "mse"}
+FASHION: dict[str, dict[str, Any]] = {
+    "alone": BARE,
+    "bare": BARE,
+    "published": {"slow_start": 0.5, "distill": "own"},
+    "ours": OURS,
+    "ours, no slow start": OURS | {"slow_start": 0.0},
+    "ours, longer": OURS | {"epochs": 22},  # as many multiply-adds as the networks alone
+}
+FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
     "epochs": 30,
     "warmup_epochs": 2.5,
@@ -58,6 +73,10 @@ SHARED: dict[str, Any] = {
 SETS: dict[str, dict[str, Any]] = {
     "digits": {"data": "digits", "num_images": 4096, "image_size": 20, "lr": 0.006},
     "glyphs": {"data": "glyphs", "num_images": 4096, "image_size": 20, "lr": 0.006},
+    "fashion": {
+        **{"data": "fashion", "num_images": 12_800, "image_size": 28, "method": "simclr", "proj_hidden_dim": 128},
+        **{"epochs": 20, "warmup_epochs": 1.0, "batch_size": 256, "lr": 0.006, "min_crop_scale": 0.3},
+    },
 }
 PROBES = ("knn", "linear", "slimmable", "ridge")
 GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
@@ -79,14 +98,44 @@ class Trained:
     steps: int
 
 
+def arms_of(data: str) -> dict[str, dict[str, Any]]:
+    return FASHION if data == "fashion" else ARMS
+
+
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
-    return PretrainConfig(**{"widths": WIDTHS, "seed": seed, **SHARED, **SETS[data], **ARMS[arm], **more})
+    return PretrainConfig(**{"widths": WIDTHS, "seed": seed, **SHARED, **SETS[data], **arms_of(data)[arm], **more})
 
 
-def images_of(config: PretrainConfig) -> Images:
+def fashion(count: int, validate: bool, folder: Path) -> Images:
+    """Return the first `count` training images of Fashion-MNIST, and the test images, or the last training images."""
+
+    def read(name: str, start: int) -> torch.Tensor:
+        raw = np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=start)
+        return torch.from_numpy(raw.copy())
+
+    def part(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        images = read(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
+        return images, read(f"{name}-labels-idx1-ubyte.gz", 8).long()
+
+    images, labels = part("train")
+    held_out = (images[-5000:], labels[-5000:]) if validate else part("t10k")
+    classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+    return Images(images[:count], labels[:count], *held_out, classes, 1, handwriting=True)
+
+
+def images_of(config: PretrainConfig, validate: bool = False, folder: Path = FOLDER) -> Images:
+    if config.data == "fashion":
+        return fashion(config.num_images, validate, folder)
     if config.data == "glyphs":
         return glyphs(config.num_images, config.num_images // 4, config.image_size)
     return load_images(config)
+
+
+def network(data: str, channels: int, planes: tuple[int, ...]) -> nn.Module:
+    """Return the backbone: on Fashion-MNIST that of `slimmable pretrain`."""
+    if data == "fashion":
+        return small_resnet(in_chans=channels, channels=tuple(2 * each for each in planes))
+    return small_resnet(in_chans=channels, channels=planes, blocks=(1, 1, 1, 1), zero_init_last=True)
 
 
 def pretrain(
@@ -99,7 +148,7 @@ def pretrain(
     torch.manual_seed(config.seed)
     method = build_method(
         config,
-        small_resnet(in_chans=images.channels, channels=planes, blocks=(1, 1, 1, 1), zero_init_last=True),
+        network(config.data, images.channels, planes),
         images.channels,
         len(images.classes),
     )
@@ -149,11 +198,16 @@ def cost(training: Training, images: Images) -> float:
 
 
 def run(
-    data: str, arm: str, seed: int, known: dict[tuple[int, int], list[torch.Tensor]], **more: Any
+    data: str,
+    arm: str,
+    seed: int,
+    known: dict[tuple[int, int], list[torch.Tensor]],
+    folder: Path = FOLDER,
+    **more: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each width."""
     config = configuration(data, arm, seed, **more)
-    images = images_of(config)
+    images = images_of(config, folder=folder)
     if arm == "alone":
         for width in WIDTHS:
             planes = tuple(round(width * each) for each in PLANES)
@@ -171,23 +225,45 @@ def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> I
         yield {"arm": arm, "seed": seed, "width": width if alone is None else alone, **percent, **spent, **found}
 
 
+def validate(folder: Path) -> None:
+    """Print the accuracy of the full width alone on the validation images, for some settings around the chosen ones."""
+    for more in (
+        {},
+        {"lr": 0.003},
+        {"lr": 0.012},
+        {"min_crop_scale": 0.2},
+        {"min_crop_scale": 0.56},
+        {"temperature": 0.1},
+        {"temperature": 0.4},
+    ):
+        config = replace(configuration("fashion", "alone", 0, **more), widths=(1.0,))
+        found = pretrain(config, PLANES, images_of(config, validate=True, folder=folder), {}).accuracy[1.0]
+        shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in found.items())
+        print(f"{more or 'as chosen'}: {shown}", flush=True)
+
+
 def main() -> None:
     """Do the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=tuple(SETS), default=tuple(SETS))
+    parser.add_argument("--data", nargs="+", choices=tuple(SETS), default=("digits", "glyphs"))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=tuple(dict.fromkeys((*ARMS, *FASHION))), help="default: all")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of Fashion-MNIST's four files")
+    parser.add_argument("--validate", action="store_true", help="try settings on Fashion-MNIST's validation images")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
     given = parser.parse_args()
+    if given.validate:
+        validate(given.folder)
+        return
     more: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0.0, "num_images": 512} if given.quick else {}
     for data in given.data[:1] if given.quick else given.data:
         path = given.out / f"{data}.csv"
         for seed in [0] if given.quick else given.seeds:
             known: dict[tuple[int, int], list[torch.Tensor]] = {}
-            for arm in given.arms:
+            for arm in given.arms or arms_of(data):
                 if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read_rows(path)}:
-                    found = list(run(data, arm, seed, known, **more))
+                    found = list(run(data, arm, seed, known, given.folder, **more))
                     append_rows(path, FIELDS, found)
                     shown = "  ".join(f"{row['width']}: {row['knn']}/{row['linear']}" for row in found)
                     print(f"{data} seed {seed} {arm}: {shown} (kNN/linear), {found[0]['seconds']} s", flush=True)

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from benchmarks.intervals import interval, shown
 from benchmarks.measuring import markdown, origin, read_rows
-from benchmarks.slimclr.run import ARMS, GRADIENTS, HERE, SETS, WIDTHS
+from benchmarks.slimclr.run import GRADIENTS, HERE, SETS, WIDTHS, arms_of
 
 Row = dict[str, str]
 PROBES = {"linear": "switchable linear probe", "knn": "kNN", "few": "switchable linear probe, 10 labels of each class"}
@@ -97,13 +97,14 @@ def gradients(rows: Sequence[Row], arms: Sequence[str]) -> str:
 
 
 def page(data: str, rows: Sequence[Row], source: str) -> str:
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in arms_of(data) if any(row["arm"] == arm for row in rows)]
     slim = [arm for arm in arms if arm != "labels"]
     parts = [f"### {data}", ""]
     for column, name in PROBES.items():
         parts += [f"Accuracy in %, {name}:", "", accuracies(rows, slim, column), ""]
         parts += [differences(rows, [arm for arm in slim if arm != "alone"], column, "alone"), ""]
-    parts += [probes(rows, "all"), "", "Cost of the training:", "", costs(rows, slim), ""]
+    parts += [probes(rows, "ours" if data == "fashion" else "all"), ""]
+    parts += ["Cost of the training:", "", costs(rows, slim), ""]
     parts += [gradients(rows, [arm for arm in arms if arm != "alone"]), "", source, ""]
     return "\n".join(parts)
 
@@ -114,7 +115,7 @@ def plot(data: str, rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, name) in zip(figure.subplots(1, 2), list(PROBES.items())[:2], strict=True):
-        for arm in (arm for arm in ARMS if arm != "labels"):
+        for arm in (arm for arm in arms_of(data) if arm != "labels"):
             values = [list(values_of(rows, arm, width, column).values()) for width in WIDTHS]
             if not all(values):
                 continue

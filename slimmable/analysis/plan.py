@@ -315,17 +315,19 @@ class Plan:
         return html_table(header, groups) + full + html_table(["output", "shape", "kind", "reason"], _outputs(self))
 
     def plot(self) -> Any:
-        """Return a matplotlib figure of what layers read and make: units of one colour belong together, grey stay."""
-        cells = {axis: number for number, group in enumerate(self.groups) for axis in group.members}
-        cells |= {pin.axis: -1 for pin in self.pins}
+        """Return a matplotlib figure of the axes of layers' weights: those of one colour share units, grey stay."""
+        cells = {pin.axis: [-1] for pin in self.pins}
+        for number, axis in ((number, axis) for number, group in enumerate(self.groups) for axis in group.members):
+            cells.setdefault(axis, []).append(number)
         layers = [path for path, name in self.channels.sizes if name == "weight"]
         figure = require("matplotlib.figure", "matplotlib").Figure((5, 0.6 + len(layers) / 4), layout="constrained")
-        axes = figure.subplots()
-        for (row, path), axis in product(enumerate(layers), (1, 0)):
-            if (number := cells.get((path, "weight", axis))) is not None:
-                axes.barh(-row, 0.95, left=1 - axis, color="lightgrey" if number < 0 else f"C{number % 10}")
-                axes.text(1.47 - axis, -row, "full" if number < 0 else number, ha="center", va="center")
-        axes.set(yticks=range(0, -len(layers), -1), yticklabels=layers, xticks=(0.47, 1.47), xticklabels=("in", "out"))
+        (axes := figure.subplots()).set_xticks((0.5, 1.5), ("axis 1", "axis 0"))
+        axes.set_yticks(-np.arange(len(layers)), layers)
+        for (row, path), place in product(enumerate(layers), (0, 1)):
+            found = cells.get((path, "weight", 1 - place), [])
+            for left, number in zip(np.linspace(place, place + 0.95, len(found), endpoint=False), found, strict=True):
+                axes.barh(-row, 0.95 / len(found), left=left, color=f"C{number % 10}" if number >= 0 else "lightgrey")
+                axes.text(left + 0.475 / len(found), -row, number if number >= 0 else "full", ha="center", va="center")
         return figure
 
     def to_dict(self) -> dict[str, Any]:

@@ -132,9 +132,8 @@ def check(settings: Any) -> None:
 
 def checked_widths(given: Sequence[float] | None) -> tuple[float, ...]:
     """Return the widths of `--widths`, or its default, as `check_widths` does; raise WidthError if there is none."""
-    widths = DEFAULT_WIDTHS if given is None else given
     try:
-        return check_widths(widths)
+        return check_widths(DEFAULT_WIDTHS if given is None else given)
     except WidthError as error:
         raise WidthError(f"--widths: {error}") from error
 

@@ -335,8 +335,7 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
             if rank() == 0:
                 progress.advance(losses)
             while training.diagnostics is not None and training.diagnostics.rows and rank() == 0:
-                row = training.diagnostics.rows.pop()
-                at = int(row.pop("step"))
+                at = int((row := training.diagnostics.rows.pop()).pop("step"))
                 gradients = gradients or csv_log(folder / "gradients.csv", [*row], at - 1)
                 gradients(at, row)
             if training.step % options.log_every == 0 or training.step == training.steps:

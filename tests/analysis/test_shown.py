@@ -97,12 +97,12 @@ def test_the_picture_of_a_plan_shows_which_axes_belong_together(model, plan):
     (axes,) = plan.plot().axes
     layers = [label.get_text() for label in axes.get_yticklabels()]
     shown = texts(axes)
-    named = {(layers[row], ("in", "out")[column]): text for (column, row), text in shown.items()}
+    named = {(layers[row], ("axis 1", "axis 0")[column]): text for (column, row), text in shown.items()}
     for number, group in enumerate(plan.groups):
         for path, name, axis in group.members:
             if name == "weight":
-                assert named.pop((path, ("out", "in")[axis])) == str(number)
-    full = [(pin.axis[0], ("out", "in")[pin.axis[2]]) for pin in plan.pins if pin.axis[1] == "weight"]
+                assert named.pop((path, ("axis 0", "axis 1")[axis])) == str(number)
+    full = [(pin.axis[0], ("axis 0", "axis 1")[pin.axis[2]]) for pin in plan.pins if pin.axis[1] == "weight"]
     assert named == dict.fromkeys(full, "full")
     assert full
 
