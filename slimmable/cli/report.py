@@ -24,7 +24,7 @@ TITLES |= {"published": "linear on crops", "published_top5": "linear on crops, t
 DENSE, GATED, STATIC = "dense", "gated", "static"  # kinds of networks, the first word of a network's name
 MARKERS, LINES = {GATED: "D", STATIC: "s"}, {"alone": "--", "cut": ":"}  # of the curves, by the kind of network
 Log: TypeAlias = Callable[[int, Mapping[str, float]], object]  # of a step's metrics by names such as train_loss/w0.5
-_COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple"}
+_COLOURS = {"knn": "tab:orange", "linear": "tab:blue", "slimmable": "tab:green", "ridge": "tab:purple", "alone": "k"}
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ def plot(rows: Sequence[Row], pixels_knn: float, title: str, path: Path) -> None
         found: dict[float, list[float]] = {}  # by cost, of each seed
         for row in (row for row in rows if row.kind == kind and name in row.shares and PART not in name):
             found.setdefault(row.macs / 1e6, []).append(100 * row.shares[name])
-        style = {"color": _COLOURS.get(name, "tab:red"), "marker": MARKERS.get(kind, "o"), "label": title_of(name)}
+        colour = _COLOURS.get(kind if kind in LINES else name, "tab:red")
+        style = {"color": colour, "marker": MARKERS.get(kind, "o"), "label": title_of(name)}
         style |= {"label": f"{title_of(name)}, {kind}", "linestyle": LINES.get(kind, "-")} if kind else {}
         if found:
             axes.errorbar([*found], [*map(fmean, found.values())], [*map(pstdev, found.values())], capsize=3, **style)
     axes.axhline(100 * pixels_knn, color="grey", linestyle="--", linewidth=1, label="kNN on raw pixels")
     for row in (row for row in rows if row.kind in ("", DENSE, GATED)):  # others are too close together for labels
-        best = row.macs / 1e6, 100 * max(row.shares.values())
-        axes.annotate(row.name, best, (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(row.name, (row.macs / 1e6, 1), (0, -12), ("data", "axes fraction"), "offset points", ha="center")
     axes.set(xlabel="million multiply-accumulates per image", ylabel="accuracy on held-out images (%)")
     axes.set(title=title, xmargin=0.1, ymargin=0.1)
     axes.grid(alpha=0.3)
