@@ -46,8 +46,8 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
         return (image_batch(model, size),), {}
     if is_size(example) and example:
         sizes = ", ".join(map(str, example))
-        way = f"pass torch.zeros(2, {sizes}), or slimmable.Inputs({sizes}) if the forward takes integers"
-        raise ConversionError(f"example_inputs is {example!r}, which looks like an input size; {way}")
+        way = f"torch.zeros({'2, ' * (len(example) < 4)}{sizes}), or slimmable.Inputs({sizes}) if it takes integers"
+        raise ConversionError(f"example_inputs is {example!r}, which looks like an input size; pass {way}")
     args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
     if isinstance(example, Inputs):
         args, kwargs = example.args, example.kwargs

@@ -45,8 +45,8 @@ def width_index(width: float, widths: Sequence[float]) -> int:
     if width in widths:
         return widths.index(width)
     nearest = min(widths, key=lambda known: abs(known - width))
-    what = f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}"
-    raise WidthError(f"{what}. For others, build or convert the model with widths=")
+    way = f"A width is a share: {width / 100:g}?" if width > 1 else "For others, build or convert with widths="
+    raise WidthError(f"width {width} is not one of this model's widths {tuple(widths)}. Nearest is {nearest}. {way}")
 
 
 def kept_of(size: int, kept: Kept) -> int:

@@ -96,6 +96,8 @@ def test_unknown_width_names_the_nearest_and_changes_nothing():
         with pytest.raises(WidthError, match=r"0.3 is not one of .* Nearest is 0.25"):
             switch()
         assert width_of(model) == 0.5
+    with pytest.raises(WidthError, match=r"A width is a share: 0\.5\?$"):
+        set_width(model, 50)
 
 
 def test_parts_with_other_widths():
