@@ -19,7 +19,7 @@ def make_run(folder, rows, **more):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(PretrainConfig(**more).to_json())
     if rows:
-        write_report(folder, rows, 0.5, "title")
+        write_report(folder, rows, 0.5, 100, "title")
     return str(folder)
 
 
