@@ -8,10 +8,10 @@ from typing import Any
 
 
 def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Return an HTML table with its cells escaped."""
+    """Return an HTML table with its cells escaped, a long one in a box that scrolls."""
     lines = [("th", header), *(("td", row) for row in rows)]
     cells = ["".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in line) for tag, line in lines]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+    return f'<div style="max-height: 30em; overflow: auto"><table><tr>{"</tr><tr>".join(cells)}</tr></table></div>'
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:

@@ -62,12 +62,14 @@ def test_every_conversion_of_timm_is_plain_data():
 
 def test_cells_of_a_table_are_escaped():
     expected = "<table><tr><th>width</th><th>MACs</th></tr><tr><td>0.5</td><td>&lt;10</td></tr></table>"
-    assert html_table(["width", "MACs"], [[0.5, "<10"]]) == expected
+    box = '<div style="max-height: 30em; overflow: auto">'
+    assert html_table(["width", "MACs"], [[0.5, "<10"]]) == f"{box}{expected}</div>"
 
 
 def test_a_plan_is_a_table_in_a_notebook(plan):
     html = plan._repr_html_()
-    assert html.startswith("<table>")
+    assert html.startswith("<div")
+    assert html.count("<table>") == html.count("overflow: auto") == 3
     assert "<th>kept at 1.0, 0.5</th>" in html
     assert "<td>8, 4</td>" in html
     assert "<td>3.bias[0]</td>" in html
