@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from slimmable._checks import check_flags, check_function, check_whole, checked, shown
 from slimmable._convert import copy_of, shallow_modules
@@ -123,7 +124,7 @@ def profile(
     slim = any(state_of(module) is not None for module in model.modules())
     wait = torch.cuda.synchronize if any(weight.is_cuda for weight in model.parameters()) else nullcontext
     rows = []
-    for width in widths_of(model) if slim else (1.0,):
+    for width in tqdm(widths_of(model) if slim else (1.0,), "profile", leave=False, disable=None):  # on terminals
         with at_width(model, width) if slim else nullcontext():
             count, latency = _count(model, args, kwargs), None
             with in_eval_mode(model), torch.no_grad():
@@ -252,8 +253,6 @@ def search(
     >>> found
     Found(counts=(8, 2), score=8.0, macs=52, parameters=64)
     """
-    from tqdm import tqdm  # which timm brings along
-
     check_function("search", evaluate=evaluate)
     check_flags("search", progress=progress)
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}

@@ -270,8 +270,7 @@ def _way_on(folder: Path) -> str:
 
 def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) -> Training:
     """Return the training, from scratch or as of the last checkpoint; write the settings of a new one."""
-    for package in ("matplotlib", "tqdm"):
-        require(package, package)  # fail now rather than at the end of a long run
+    require("matplotlib", "matplotlib")  # fail now rather than at the end of a long run
     if options.diagnostics and len(config.widths) == 1:
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = data.load_images(config)

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, TypeAlias
 
+from tqdm import tqdm
+
 from slimmable._atomic import write_aside
 from slimmable._tables import csv_text
 from slimmable.cli.config import read_text, say
@@ -167,10 +169,14 @@ class Progress:
     """Progress of a run as a bar on a terminal, until `ends` close, and otherwise as a line after each epoch."""
 
     def __init__(self, ends: ExitStack, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
-        self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
-        self.since = time.monotonic()  # the start of the epoch
-        bar: Any = require("tqdm", "tqdm").tqdm  # None disables it where there is no terminal
-        self.bar = bar(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
+        self.steps, self.done, self.per_epoch, self.quiet, self.since = (
+            steps,
+            done,
+            steps_per_epoch,
+            quiet,
+            time.monotonic(),
+        )
+        self.bar: Any = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
         ends.callback(self.bar.close)
 
     def note(self, text: str) -> None:
@@ -184,7 +190,7 @@ class Progress:
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
         self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
         self.bar.update()
-        if self.bar.disable and not self.quiet and self.done % self.steps_per_epoch == 0:
-            epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
+        if self.bar.disable and not self.quiet and self.done % self.per_epoch == 0:
+            epoch, epochs = self.done // self.per_epoch, self.steps // self.per_epoch
             left, self.since = (time.monotonic() - self.since) * (epochs - epoch), time.monotonic()
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")

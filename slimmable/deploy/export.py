@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
+from tqdm import tqdm
 
 from slimmable._atomic import write_aside
 from slimmable._checks import check_whole, checked
@@ -114,7 +115,7 @@ def export(
             program, any_batch = partial(_run, own), True
         else:
             traced = []
-            for each in runs:
+            for each in tqdm(runs, f"export {path.name}", leave=False, disable=None):  # on terminals
                 with nullcontext() if each is None else at_width(network, each):
                     own = extract(network, each) if each is not None and batches else network
                     traced.append(programs.trace(own, three))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 from slimmable._checks import check_count, check_tensors, checked
 from slimmable._distributed import from_all, from_all_alike, world_size
@@ -104,7 +105,7 @@ def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput]) -> It
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     empty = True
-    for batch in loader:
+    for batch in tqdm(loader, where, leave=False, disable=None):  # a bar on terminals
         empty = False
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, (Tensor, Inputs)):
