@@ -296,8 +296,7 @@ def search(
         return Found(candidate.counts, number, candidate.macs, candidate.parameters)
 
     path = [score(plan.columns[0])]
-    hidden = None if progress else True  # None: unless it is on a terminal
-    with tqdm(desc=f"search: {of} down to {min(budgets):g}", unit="round", dynamic_ncols=True, disable=hidden) as bar:
+    with tqdm(desc=f"search: {of} down to {min(budgets):g}", unit="round", disable=not progress or None) as bar:
         while cost(path[-1]) > min(limits):
             tried = [score(candidate) for candidate in _smaller(plan, path[-1], cost, step)]
             path.append(max(tried, key=lambda found: (found.score, -cost(found))))

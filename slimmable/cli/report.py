@@ -169,13 +169,8 @@ class Progress:
     """Progress of a run as a bar on a terminal, until `ends` close, and otherwise as a line after each epoch."""
 
     def __init__(self, ends: ExitStack, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
-        self.steps, self.done, self.per_epoch, self.quiet, self.since = (
-            steps,
-            done,
-            steps_per_epoch,
-            quiet,
-            time.monotonic(),
-        )
+        self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
+        self.since = time.monotonic()  # the start of the epoch
         self.bar: Any = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
         ends.callback(self.bar.close)
 
@@ -190,7 +185,7 @@ class Progress:
         shown = "  ".join(f"{width:g}: {loss:.3f}" for width, loss in losses.items())
         self.bar.set_postfix_str(f"loss at {shown}", refresh=False)
         self.bar.update()
-        if self.bar.disable and not self.quiet and self.done % self.per_epoch == 0:
-            epoch, epochs = self.done // self.per_epoch, self.steps // self.per_epoch
+        if self.bar.disable and not self.quiet and self.done % self.steps_per_epoch == 0:
+            epoch, epochs = self.done // self.steps_per_epoch, self.steps // self.steps_per_epoch
             left, self.since = (time.monotonic() - self.since) * (epochs - epoch), time.monotonic()
             say(f"epoch {epoch}/{epochs}  loss at {shown}  ({left:.0f} s left)")
