@@ -16,20 +16,7 @@ import shtab
 import slimmable
 from slimmable._widths import width_index
 from slimmable.cli import config as settings
-from slimmable.cli.config import (
-    FROM_0,
-    FROM_1,
-    POSITIVE,
-    ROUND_TO,
-    ROUNDING,
-    SIZE,
-    WIDTHS,
-    checked_widths,
-    flag,
-    option,
-    say,
-    suggestion,
-)
+from slimmable.cli.config import FROM_0, FROM_1, POSITIVE, WIDTHS, checked_widths, flag, option, say, suggestion
 from slimmable.errors import UsageError, WidthError, explained
 
 ALL, _FORMATS = "all", ("pt2", "onnx", "safetensors")
@@ -132,12 +119,12 @@ class _Network:
 
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
-    rounding: str | None = option(None, **ROUNDING, shown="nearest")
-    round_to: int | None = option(None, **ROUND_TO, shown="1")
+    rounding: str | None = option(None, **settings.ROUNDING, shown="nearest")
+    round_to: int | None = option(None, **settings.ROUND_TO, shown="1")
     checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
-    image_size: int | None = option(None, **SIZE)
+    image_size: int | None = option(None, **settings.SIZE)
 
     def _source(self, asked: Sequence[float | str] = (ALL,)) -> tuple[Any, list[float], Path]:
         """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""
@@ -273,7 +260,7 @@ class Profile(_Timed):
         from slimmable.deploy.latency import in_onnxruntime
 
         model, images = self._timed()
-        table = measure(model, example_inputs=images)
+        table = measure(model, example_inputs=images, repeats=0 if self.runtime == "onnx" else 5)
         table = in_onnxruntime(model, images, table, self.threads or 0) if self.runtime == "onnx" else table
         _write("--csv", self.csv, table.to_csv)
         _write("--json", self.json, lambda path: path.write_text(json.dumps(table.to_dict())))

@@ -275,9 +275,7 @@ def _prepare(config: PretrainConfig, options: Pretrain, device: torch.device) ->
         raise UsageError("--diagnostics compares widths; give more than one with --widths")
     images = data.load_images(config)
     if config.batch_size > (most := len(images.train) // world_size() * world_size()):
-        _tell(
-            options, f"--batch-size {config.batch_size} is lowered to {most}, as there are {len(images.train)} images"
-        )
+        _tell(options, f"--batch-size {config.batch_size} is lowered to {most}, with {len(images.train)} images")
         config = replace(config, batch_size=most)
     # with a longer queue, which only mocov2 has, an image could meet its own last key as a negative
     queue = max(config.batch_size, min(config.queue_size, len(images.train) // 4))

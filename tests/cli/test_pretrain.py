@@ -69,7 +69,7 @@ def test_each_row_of_neighbours_begins_with_a_held_out_image(run):
 def test_a_batch_larger_than_the_images_is_lowered(tmp_path, capsys):
     options = ("--num-images", "20", "--epochs", "1", "--widths", "1", "0.5", "--device", "cpu", "--workers", "0")
     assert main(["pretrain", *options, "--output", str(tmp_path / "run")]) == 0
-    assert "--batch-size 64 is lowered to 20, as there are 20 images\n" in capsys.readouterr().out
+    assert "--batch-size 64 is lowered to 20, with 20 images\n" in capsys.readouterr().out
     assert read_config(tmp_path / "run").batch_size == 20
 
 
