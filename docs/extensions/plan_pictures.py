@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
+import slimmable
 import timm
 import torch
 from timm.models.resnet import BasicBlock
 from torch import nn
-
-import slimmable
 
 IMAGES = Path(__file__).parents[1] / "images"
 
