@@ -29,7 +29,8 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     given: list[Any] = list(widths)
     for width in given:
         if not 0 < number_or_nan(width) <= 1:
-            raise WidthError(f"width {width!r} in {given} is not in (0, 1]; a width is a share of the full network")
+            what = f"width {width!r:.80} in {given!r:.200} is not in (0, 1]"
+            raise WidthError(f"{what}; a width is a share of the full network")
     found = sorted(map(float, given), reverse=True)
     if len(set(found)) < len(found):
         raise WidthError(f"a width appears twice in {given}")

@@ -173,6 +173,11 @@ def evaluate_features(
     >>> evaluate_features(features, labels, features, labels, probes=("ridge",))[1.0].ridge
     1.0
     """
+    given: dict[str, Any] = {"train": train, "test": test}
+    for name, found in given.items():
+        if not isinstance(found, Mapping):
+            way = f"features by width, such as {{1.0: features}}, got {shown(found)}"
+            raise DataError(f"evaluate_features: {name} must be {way}")
     widths = check_widths(train)
     if widths != check_widths(test):
         raise DataError(f"evaluate_features: train has widths {widths}, test {check_widths(test)}")
@@ -183,7 +188,7 @@ def evaluate_features(
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     named = [name for name in ("linear", "slimmable") if name in probes]
     trained = {name: train_probe(train, train_labels, shared=name != "linear", num_classes=classes) for name in named}
-    found = {}
+    accuracies = {}
     for width in widths:
         shares: dict[str, float] = {}
         for name, probe in trained.items():
@@ -196,8 +201,8 @@ def evaluate_features(
         if "ridge" in probes:
             classifier = ridge_classifier(train[width], train_labels, num_classes=classes)
             shares["ridge"] = _accuracy(classifier(test[width]), test_labels)
-        found[width] = Accuracies(**shares)
-    return found
+        accuracies[width] = Accuracies(**shares)
+    return accuracies
 
 
 def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> int:

@@ -73,6 +73,11 @@ def test_settings_of_a_training(train, setting, says):
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=None), UsageError, "probes must be a list .* got None"),
         (lambda: evaluate_features(CUT, Y, CUT, Y, probes=("ridge",), k=0), UsageError, "k must be .* got 0"),
         (lambda: evaluate_features({1.0: X}, Y, {1.0: X[:, :2]}, Y), DataError, r"\(16, 4\), test \(16, 2\)"),
+        (
+            lambda: evaluate_features(X, Y, {1.0: X}, Y),
+            DataError,
+            r"train must be features by width, such as \{1.0: fea",
+        ),
     ],
 )
 def test_wrong_calls(call, error, says):
