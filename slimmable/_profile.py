@@ -5,7 +5,7 @@ import statistics
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -206,7 +206,8 @@ class Found:
     Attributes:
         counts: units kept of each channel group, for `set_width`, `extract` and `calibrate_bn`.
         score: what `evaluate` returned for it.
-        macs: multiply-adds, for the whole batch of the example that the model was converted with.
+        macs: multiply-adds as `profile` counts them, of one image; of a model that does not name its images' size, of
+            the whole batch of the example that it was converted with.
         parameters: elements of all parameters.
     """
 
@@ -302,7 +303,12 @@ def search(
             path.append(max(tried, key=lambda found: (found.score, -cost(found))))
             bar.set_postfix_str(f"at {cost(path[-1]) / full:.3f}, score {path[-1].score:.4g}", refresh=False)
             bar.update()
-    return [next(found for found in path if cost(found) <= limit) for limit in limits]
+    chosen = [next(found for found in path if cost(found) <= limit) for limit in limits]
+    for at, found in enumerate(chosen):
+        with suppress(ConversionError), at_width(model, found.counts):  # a model that does not name its images' size
+            images = example_of(model)[0][0][:1]
+            chosen[at] = replace(found, macs=_count(model, (images,), {}).flops // 2)
+    return chosen
 
 
 def _smaller(plan: Plan, current: Found, cost: Callable[[Any], float], step: float) -> list[SubNetwork]:

@@ -136,3 +136,12 @@ def test_it_needs_one_converted_model():
         slimmable.search(nn.Linear(2, 2), lambda net: 0.0, 0.5)
     with pytest.raises(ConversionError, match="2 parts"):
         slimmable.search(nn.ModuleList([mlp(4, 8, 2), mlp(4, 8, 2)]), lambda net: 0.0, 0.5)
+
+
+def test_multiply_adds_are_those_of_profile():
+    """Of one image, where timm names its size, though the model was converted with two."""
+    model = slimmable.slimify(timm.create_model("test_resnet"), (1.0, 0.25), universal=True)
+    wide, narrow = slimmable.search(model, lambda net: 0.0, (1.0, 0.5), step=0.5, progress=False)
+    assert wide.macs == slimmable.profile(model, repeats=0).rows[0].macs
+    small = slimmable.extract(model, narrow.counts)
+    assert narrow.macs == slimmable.profile(small, repeats=0).rows[0].macs <= 0.5 * wide.macs
