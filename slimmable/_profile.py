@@ -306,8 +306,7 @@ def search(
     chosen = [next(found for found in path if cost(found) <= limit) for limit in limits]
     for at, found in enumerate(chosen):
         with suppress(ConversionError), at_width(model, found.counts):  # a model that does not name its images' size
-            images = example_of(model)[0][0][:1]
-            chosen[at] = replace(found, macs=_count(model, (images,), {}).flops // 2)
+            chosen[at] = replace(found, macs=_count(model, (example_of(model)[0][0][:1],), {}).flops // 2)
     return chosen
 
 

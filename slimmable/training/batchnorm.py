@@ -69,11 +69,15 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1])
+    collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1], bar=False)
 
 
 def collect(
-    model: nn.Module, loader: Iterable[ModelInput], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
+    model: nn.Module,
+    loader: Iterable[ModelInput],
+    widths: Sequence["Setting | None"],
+    modules: Iterable[nn.Module],
+    bar: bool = True,
 ) -> None:
     """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -87,7 +91,7 @@ def collect(
         for norm in norms:
             type(norm).reset_running_stats(norm)  # the norm itself may refuse it
             norm.training = True
-        for args, kwargs in batches_of("calibrate_bn", model, loader):
+        for args, kwargs in batches_of("calibrate_bn", model, loader, bar):
             for width in widths:
                 if width is not None:
                     set_width(model, width)
@@ -99,13 +103,13 @@ def collect(
         own[name].copy_(each)
 
 
-def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput]) -> Iterator[Arguments]:
-    """Yield each batch as the arguments of a forward, on the model's device; refuse what has none."""
+def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput], bar: bool = True) -> Iterator[Arguments]:
+    """Yield each batch as the arguments of a forward, on the model's device, with a bar on terminals; refuse others."""
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     empty = True
-    for batch in tqdm(loader, where, leave=False, disable=None):  # a bar on terminals
+    for batch in tqdm(loader, where, leave=False, disable=None if bar else True):
         empty = False
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, (Tensor, Inputs)):

@@ -1,6 +1,7 @@
 """BatchNorm calibration against the intended published numbers and the definition, and what it must leave alone."""
 
 import copy
+import io
 import pickle
 from pathlib import Path
 
@@ -358,3 +359,25 @@ def test_under_autocast_the_statistics_are_those_of_the_plain_network(width):
     with at_width(model, width), torch.autocast("cpu", torch.bfloat16):
         model(x).sum().backward()
     assert model[0].weight.grad is not None
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_is_for_those_who_call_it(monkeypatch):
+    """A search calibrates each sub-network, under a bar of its own, or without one."""
+    x = torch.randn(8, 3)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    model = slimmable.slimify(net, (1.0, 0.25), example_inputs=x, universal=True)
+    screens = []
+    for call in (
+        lambda: calibrate_bn(model, [x]),
+        lambda: slimmable.search(model, lambda part: 0.0, 0.5, step=0.5, calibrate=[x], progress=False),
+    ):
+        screens.append(Terminal())
+        monkeypatch.setattr("sys.stderr", screens[-1])
+        call()
+    assert "calibrate_bn" in screens[0].getvalue()
+    assert screens[1].getvalue() == ""
