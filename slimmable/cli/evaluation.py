@@ -97,13 +97,13 @@ def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, opti
 
 def draw_neighbours(config: PretrainConfig, backbone: nn.Module, images: Images, options: Evaluate) -> None:
     """Draw held-out images, each in front of the training images that are nearest to it at the narrowest width."""
-    sets = [Plain(part, config.image_size, normalisation(config), VOTERS) for part in (images.test, images.train)]
+    size, normalise = config.image_size, normalisation(config)
+    sets = Plain(images.test, size, normalise, _SHOWN), Plain(images.train, size, normalise, VOTERS)
     passes = {"": partial(at_width, backbone, config.widths[-1])}
     asked, known = (F.normalize(features_in(passes, backbone, part, options.count_workers())[0][""]) for part in sets)
-    every = -(-len(asked) // _SHOWN)
-    near = (asked[::every] @ known.T).topk(min(_SHOWN, len(known))).indices.tolist()
-    drawn = [each for at, row in enumerate(near) for each in (sets[0][at * every], *map(sets[1].__getitem__, row))]
-    grid, zoom = make_grid(drawn, 1 + len(near[0]), pad_value=255), -(-72 // config.image_size)
+    near = (asked @ known.T).topk(min(_SHOWN, len(known))).indices.tolist()
+    drawn = [each for at, row in enumerate(near) for each in (sets[0][at], *map(sets[1].__getitem__, row))]
+    grid, zoom = make_grid(drawn, 1 + len(near[0]), pad_value=255), -(-72 // size)
     picture = to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
     write_aside(options.run / "neighbours.png", picture.save)
 
