@@ -190,7 +190,7 @@ def _is_tar(path: Path) -> bool:
     return path.suffix == ".tar" and os.path.isfile(path)
 
 
-def pictures_in(folder: Path, data: Path, channels: int = 3, level: int = -1) -> Pictures:
+def pictures_in(folder: Path, data: Path, level: int = -1) -> Pictures:
     """Return the images in a folder at any depth, by path; a class is the last folder, or the first at `level` 0.
 
     Refused are links out of the folder `data`, and those to folders, which could lead to images twice, or in circles.
@@ -209,12 +209,12 @@ def pictures_in(folder: Path, data: Path, channels: int = 3, level: int = -1) ->
         raise unread[0]
     names.sort()
     ways = [Path(name).relative_to(folder).parts[:-1] for name in names]
-    return Pictures([*zip(names)], names, [way[level] if way else "" for way in ways], channels)
+    return Pictures([*zip(names)], names, [way[level] if way else "" for way in ways])
 
 
 def _part(root: Path, data: Path, level: int) -> Pictures:
     """Return the images in folders of `root`, or if there are none, in tar files."""
-    found = pictures_in(root, data, level=level) if root.is_dir() else None
+    found = pictures_in(root, data, level) if root.is_dir() else None
     if found is not None and any(found.labels):
         return found
     tars = [root] if found is None else [*root.glob("*.tar")]
