@@ -12,6 +12,7 @@ picture of a run by the defaults shows them beside the run.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 import slimmable
-from benchmarks.measuring import append_rows, environment, markdown, origin, read_rows
+from benchmarks.measuring import append_rows, markdown, origin, read_rows
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.commands import Evaluate
 from slimmable.cli.config import PretrainConfig, configure
@@ -84,8 +85,8 @@ def run(seed: int) -> Iterator[dict[str, Any]]:
         yield {"network": name, "seed": seed, "width": width, **spent, **shares}
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Return the means and the deviations over the seeds as Markdown, and how many processor seconds they took."""
+def table(rows: list[dict[str, str]], source: str) -> str:
+    """Return means and deviations over the seeds as Markdown."""
     lines = []
     for width in dict.fromkeys(row["width"] for row in rows):
         for name, meaning in ARMS.items():
@@ -93,10 +94,10 @@ def table(rows: list[dict[str, str]]) -> str:
             if own:
                 columns = ([100 * float(row[probe]) for row in own] for probe in ("knn", "linear"))
                 cells = [f"{statistics.fmean(each):.1f} ± {statistics.pstdev(each):.1f}" for each in columns]
-                lines.append([width, meaning, *cells, own[0]["seconds"]])
+                lines.append([width, meaning, *cells])
     seeds = len({row["seed"] for row in rows})
-    head = f"# The first run, beside other ways\n\nIn %, mean and deviation of {seeds} seeds. {origin(environment())}"
-    return f"{head}\n\n" + markdown(["width", "network", "kNN", "linear", "processor seconds"], lines)
+    head = f"# The first run, beside other ways\n\nIn %, mean and deviation of {seeds} seeds. {source}"
+    return f"{head}\n\n" + markdown(["width", "network", "kNN", "linear"], lines)
 
 
 def main() -> None:
@@ -109,7 +110,8 @@ def main() -> None:
         if str(seed) not in {row["seed"] for row in read_rows(path)}:
             append_rows(path, FIELDS, list(run(seed)))
     rows = read_rows(path)
-    (HERE / "results" / "table.md").write_text(table(rows))
+    source = origin(json.loads(path.with_suffix(".json").read_text()))
+    (HERE / "results" / "table.md").write_text(table(rows, source))
     shown = []
     for row in (row for row in rows if row["network"] != "together"):
         costs, shares = (int(row["parameters"]), int(row["macs"])), {"linear": float(row["linear"])}

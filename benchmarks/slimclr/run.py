@@ -13,7 +13,6 @@ work on different seeds.
 from __future__ import annotations
 
 import argparse
-import gzip
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import slimmable
 from benchmarks.glyphs import glyphs
 from benchmarks.measuring import append_rows, read_rows
+from benchmarks.runtime.training import read
 from benchmarks.training_data import Kept, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
@@ -109,13 +108,9 @@ def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig
 def fashion(count: int, validate: bool, folder: Path) -> Images:
     """Return the first `count` training images of Fashion-MNIST, and the test images, or the last training images."""
 
-    def read(name: str, start: int) -> torch.Tensor:
-        raw = np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=start)
-        return torch.from_numpy(raw.copy())
-
     def part(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        images = read(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
-        return images, read(f"{name}-labels-idx1-ubyte.gz", 8).long()
+        images = read(folder / f"{name}-images-idx3-ubyte.gz")
+        return images.mul(255).round().to(torch.uint8), read(folder / f"{name}-labels-idx1-ubyte.gz")
 
     images, labels = part("train")
     held_out = (images[-5000:], labels[-5000:]) if validate else part("t10k")
