@@ -111,7 +111,7 @@ def _tidy(model: Any) -> None:
             cast = ir.node("Cast", node.inputs[:1], {"to": node.inputs[1].dtype})
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass()(model)
+    passes.DeduplicateHashedInitializersPass()(model)  # of any size
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
 

@@ -31,6 +31,21 @@ class Pair(nn.Module):
         return {"scores": self.head(x) * scale, "mean": x.mean(1)}
 
 
+class Placed(nn.Module):
+    """Blocks that each keep the same table of positions, as those of ConViT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(40, 40) for _ in range(2))
+        for block in self.blocks:
+            block.register_buffer("places", torch.linspace(-1, 1, 1600).view(40, 40))
+
+    def forward(self, images):
+        for block in self.blocks:
+            images = block(images).relu() + block.places
+        return images
+
+
 def mlp():
     net = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
     return net, torch.rand(4, 6)
@@ -42,6 +57,10 @@ def pair():
 
 def keywords():
     return Pair(), {"features": torch.rand(2, 4), "tokens": torch.randint(0, 9, (2, 5))}
+
+
+def placed():
+    return Placed(), torch.rand(4, 40, 40)
 
 
 def resnet():
@@ -73,7 +92,7 @@ def bert():
 
 
 KINDS = {
-    **{make.__name__: make for make in (mlp, pair, keywords, resnet, features)},
+    **{make.__name__: make for make in (mlp, pair, keywords, placed, resnet, features)},
     **{make.__name__: make for make in (convnext, vit, torchvision_net, bert)},
 }
 NAMES = {"pair": ["tokens", "features", "scale"], "bert": ["input_ids", "attention_mask"], "mlp": ["input"]}
