@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -329,7 +330,9 @@ class SlimRecipe:
             for width in step.loss_weights:
                 set_width(self.model, width)
                 step.width = width
-                yield width
+                compiled = width in self.loss_weights or "torch._dynamo" not in sys.modules
+                with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):  # not a graph a step
+                    yield width
                 if self._step is not step:  # this loop was left early, and another one has begun
                     return
                 if width not in self.losses:

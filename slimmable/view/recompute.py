@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch.compiler import is_compiling
 from slimmable.errors import WidthError
 
 _REMEMBERED = 64
+_GRAPHS = 64  # of one forward that torch.compile keeps, at the least
 _LOCK = threading.RLock()  # held while anything is switched
 _NEVER: Any = (None, None, None)
 
@@ -269,8 +271,18 @@ def _settle() -> None:
     global _switches, _differ, _find
     _switches += 1
     _differ = len(_owners) > 1 and _users_differ()
-    if _differ and "torch._dynamo" in sys.modules:
-        _find = torch.compiler.disable(Active._found)  # type: ignore[no-untyped-call]
+    if "torch._dynamo" in sys.modules and not is_compiling():
+        _keep_graphs()
+        if _differ:
+            _find = torch.compiler.disable(Active._found)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _keep_graphs() -> None:
+    """Let torch keep one graph for each width, mode and kind of input; by default, it gives up after 8."""
+    for name in ("recompile_limit", "cache_size_limit"):  # the second is that of torch 2.6
+        if hasattr(config := torch._dynamo.config, name):
+            setattr(config, name, max(getattr(config, name), _GRAPHS))
 
 
 def _users_differ() -> bool:
