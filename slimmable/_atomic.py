@@ -17,6 +17,7 @@ from torch import Tensor
 from slimmable.errors import CheckpointError
 
 PARTIAL = ".partial-"  # how the names of temporary folders begin; only a killed process leaves one
+_ENTRY = "slimmable"  # the one entry of a file's metadata, all texts as JSON: several come in a random order
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -79,20 +80,8 @@ def _sync(path: Path) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write strided tensors and texts to a safetensors file, which is the same byte for byte if they are the same."""
     plain = _plain(tensors)
-    described = {**metadata, "checksum": _checksum(plain, metadata)}
-
-    def write(aside: Path) -> None:
-        save_file(plain, aside, described)
-        with aside.open("r+b") as file:  # put the texts in order, which safetensors writes in a random one
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-            if len(ordered) == length:
-                file.seek(8)
-                file.write(ordered)
-
-    write_aside(path, write)
+    texts = json.dumps({**metadata, "checksum": _checksum(plain, metadata)}, sort_keys=True)
+    write_aside(path, lambda aside: save_file(plain, aside, {_ENTRY: texts}))
 
 
 def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -104,11 +93,12 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            texts: Any = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            metadata = {name: str(text) for name, text in texts.items()}
             if metadata.get("format") != form:
                 raise CheckpointError(f"{path} was not written by {made_by}, or by another version of it")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
     if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged or was changed: its checksum is missing or that of other contents")

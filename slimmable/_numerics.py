@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHORTEST = 1e-12  # vectors below this length count as zero; their gradient would leave the range of half precision
-
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return `tensor` in float32 if it has half precision, and unchanged otherwise."""
@@ -13,10 +11,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
-    """Return `tensor` with its vectors along `dim` scaled to length 1; a zero one stays zero, without gradient."""
+    """Return `tensor` with its vectors along `dim` scaled to length 1; one below 1e-12 becomes 0, without gradient."""
     exact = at_least_float32(tensor)
     length: Tensor = torch.linalg.vector_norm(exact, dim=dim, keepdim=True)
-    return exact / length.masked_fill(length < _SHORTEST, torch.inf)
+    return exact / length.masked_fill(length < 1e-12, torch.inf)  # or its gradient could overflow
 
 
 def standardised(features: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def good(kind: str) -> tuple[dict[str, Tensor], dict[str, Any], bytes, nn.Module
         path = Path(folder) / "model.safetensors"
         slimmable.save(model, path)
         with safe_open(path, framework="pt") as file:
-            description = json.loads(file.metadata()["model"])
+            description = json.loads(json.loads(file.metadata()["slimmable"])["model"])
         return load_file(path), description, path.read_bytes(), model
 
 

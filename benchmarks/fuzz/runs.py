@@ -145,6 +145,7 @@ def other_tensor(draw: random.Random, content: bytes, path: Path) -> str:
     tensors = load_file(path)
     length = struct.unpack("<Q", content[:8])[0]
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    texts = json.loads(metadata.get("slimmable", "{}"))
     name = draw.choice(sorted(tensors))
     tensor, how = tensors[name], draw.choice(["type", "shape", "value", "gone", "more", "name", "swapped", "step"])
     if how == "type":
@@ -171,8 +172,8 @@ def other_tensor(draw: random.Random, content: bytes, path: Path) -> str:
         other = draw.choice(sorted(tensors))
         tensors[name], tensors[other] = tensors[other], tensors[name]
     else:
-        metadata["step"] = draw.choice(["", "-1", "0", "99999", "1.5", "1e9", "nan", "9" * 5000, "\u0663", "2", "many"])
-    save_file(tensors, path, metadata)
+        texts["step"] = draw.choice(["", "-1", "0", "99999", "1.5", "1e9", "nan", "9" * 5000, "\u0663", "2", "many"])
+    save_file(tensors, path, {"slimmable": json.dumps(texts)})
     return f"{how} of {name}"
 
 

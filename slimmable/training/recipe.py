@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,7 +37,7 @@ class SlimRecipe:
         distill: how wider widths teach narrower ones, or None.
         loss_weights: a mode of `losses.width_weights`, a number per width from the widest down, or width -> number.
         slow_start: fraction of the training, in [0, 1], before which only the widest width is trained, unweighted.
-        random_widths: how many widths to draw in each step between the widest and the narrowest, which run too: the
+        random_widths: how many widths each step draws between the widest and the narrowest and runs, uncompiled: the
             sandwich rule of universal models (Yu and Huang 2019, section 3.1, with 2). `loss_weights` must be a mode.
         seed: seed of the draws; processes that train together need the same one.
         steps: how often the whole training will call `backward` or `total`; needed there for a slow start.
@@ -330,8 +329,7 @@ class SlimRecipe:
             for width in step.loss_weights:
                 set_width(self.model, width)
                 step.width = width
-                compiled = width in self.loss_weights or "torch._dynamo" not in sys.modules
-                with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):  # not a graph a step
+                with torch.compiler.set_stance("force_eager") if width not in self.loss_weights else nullcontext():
                     yield width
                 if self._step is not step:  # this loop was left early, and another one has begun
                     return

@@ -25,7 +25,6 @@ from torch.compiler import is_compiling
 from slimmable.errors import WidthError
 
 _REMEMBERED = 64
-_GRAPHS = 64  # of one forward that torch.compile keeps, at the least
 _LOCK = threading.RLock()  # held while anything is switched
 _NEVER: Any = (None, None, None)
 
@@ -282,7 +281,7 @@ def _keep_graphs() -> None:
     """Let torch keep one graph for each width, mode and kind of input; by default, it gives up after 8."""
     for name in ("recompile_limit", "cache_size_limit"):  # the second is that of torch 2.6
         if hasattr(config := torch._dynamo.config, name):
-            setattr(config, name, max(getattr(config, name), _GRAPHS))
+            setattr(config, name, max(getattr(config, name), 64))
 
 
 def _users_differ() -> bool:

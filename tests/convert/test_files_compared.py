@@ -123,7 +123,7 @@ def test_another_network_is_refused_with_the_difference(kind, place, saved):
 )
 def test_an_edited_file_is_refused_with_the_difference(kind, path, name, value, saved, tmp_path):
     with safe_open(saved[0] / kind, framework="pt") as file:
-        data = json.loads(file.metadata()["model"])
+        data = json.loads(json.loads(file.metadata()["slimmable"])["model"])
     settings = next(settings for each, _, settings in data["modules"] if each == path)
     assert settings[name] != value
     settings[name] = value
@@ -185,10 +185,14 @@ def test_a_change_of_any_part_is_noticed(saved, tmp_path):
         with pytest.raises(CheckpointError, match="damaged"):
             slimmable.load(tmp_path / "file", Net())
     with safe_open(saved[0] / "half", framework="pt") as file:
-        metadata = {name: said for name, said in file.metadata().items() if name != "checksum"}
-    save_file(load_file(saved[0] / "half"), tmp_path / "file", metadata)
+        texts = {name: said for name, said in json.loads(file.metadata()["slimmable"]).items() if name != "checksum"}
+    save_file(load_file(saved[0] / "half"), tmp_path / "file", {"slimmable": json.dumps(texts)})
     with pytest.raises(CheckpointError, match="checksum is missing"):
         slimmable.load(tmp_path / "file", Net())
+    for texts in ("[]", "3", '"text"', "{", "null"):
+        save_file(load_file(saved[0] / "half"), tmp_path / "file", {"slimmable": texts})
+        with pytest.raises(CheckpointError, match=r"cannot be read; it is damaged|was not written by"):
+            slimmable.load(tmp_path / "file", Net())
 
 
 def test_the_same_content_is_the_same_bytes(tmp_path):
@@ -208,7 +212,7 @@ slimmable.save(slimmable.gating.gate(model, example_inputs=x), sys.argv[1])
         write_tensors(tmp_path / f"b{number}", {"x": X}, dict.fromkeys("abcdefgh", 'é\n\x01"'))
     assert len({(tmp_path / f"b{number}").read_bytes() for number in range(8)}) == 1
     with safe_open(tmp_path / "b0", framework="pt") as file:
-        assert file.metadata().keys() == {*"abcdefgh", "checksum"}
+        assert json.loads(file.metadata()["slimmable"]).keys() == {*"abcdefgh", "checksum"}
         assert torch.equal(file.get_tensor("x"), X)
 
 
@@ -235,7 +239,7 @@ def small_files() -> dict[str, tuple[dict, dict]]:
         for name, model in {"whole": slim, "half": slimmable.extract(slim, 0.5)}.items():
             slimmable.save(model, f"{folder}/file")
             with safe_open(f"{folder}/file", framework="pt") as file:
-                found[name] = load_file(f"{folder}/file"), json.loads(file.metadata()["model"])
+                found[name] = load_file(f"{folder}/file"), json.loads(json.loads(file.metadata()["slimmable"])["model"])
     return found
 
 

@@ -224,7 +224,7 @@ def contents(kind: str) -> tuple[dict, dict, bytes]:
         model = converted("test_resnet")[0]
         slimmable.save(model if kind == "whole" else slimmable.extract(model, 0.5), path)
         with safe_open(path, framework="pt") as file:
-            return load_file(path), json.loads(file.metadata()["model"]), path.read_bytes()
+            return load_file(path), json.loads(json.loads(file.metadata()["slimmable"])["model"]), path.read_bytes()
 
 
 def written(folder: Path, tensors: dict, data: dict, kind: str = "slimmable 2") -> Path:

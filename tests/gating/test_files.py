@@ -75,7 +75,7 @@ def same(first, second, x):
 def said(path):
     """Return what a file says of its model."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["model"])
+        return json.loads(json.loads(file.metadata()["slimmable"])["model"])
 
 
 NETWORKS = {"test_resnet": 64, "test_efficientnet": 64, "test_vit": 160, "test_mambaout": 64}
