@@ -24,6 +24,12 @@ ON_THE_PAGE = [
 ]
 
 
+def test_files_that_say_the_version_agree():
+    form = re.compile(r"^ *(?:__)?version(?:__)?(?: *=|:) [\"{]?([\d.]+)", re.MULTILINE)
+    for name in ("pyproject.toml", "slimmable/__init__.py", "CITATION.cff", "docs/cite.md"):
+        assert form.findall((ROOT / name).read_text()) == [slimmable.__version__], name
+
+
 def test_the_readme_fits_two_screens():
     assert len(README.splitlines()) <= 100
 

@@ -1,7 +1,6 @@
 """The built pages: every public name has its place in the reference and in its index, and no page is empty."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,7 +9,7 @@ import pytest
 
 from tests.docs.test_examples import ROOT
 
-pytest.importorskip("mkdocs")
+pytest.importorskip("properdocs")
 _SPEC = importlib.util.spec_from_file_location("name_index", ROOT / "docs" / "extensions" / "name_index.py")
 name_index = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(name_index)
@@ -44,9 +43,8 @@ def pages(tmp_path_factory):
     """Return the pages of the site by path."""
     site = tmp_path_factory.mktemp("site")
     # Not with -q, under which --strict overlooks warnings.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "properdocs", "build", "--strict", "--site-dir", str(site)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return {path.relative_to(site).as_posix(): Page(path.read_text()) for path in site.rglob("index.html")}
 
