@@ -74,7 +74,7 @@ SETS: dict[str, dict[str, Any]] = {
     "glyphs": {"data": "glyphs", "num_images": 4096, "image_size": 20, "lr": 0.006},
     "fashion": {
         **{"data": "fashion", "num_images": 12_800, "image_size": 28, "method": "simclr", "proj_hidden_dim": 128},
-        **{"epochs": 20, "warmup_epochs": 1.0, "batch_size": 256, "lr": 0.006, "min_crop_scale": 0.3},
+        **{"epochs": 20, "warmup_epochs": 1.0, "batch_size": 256, "lr": 0.012, "min_crop_scale": 0.2},
     },
 }
 PROBES = ("knn", "linear", "slimmable", "ridge")
@@ -223,13 +223,14 @@ def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> I
 def validate(folder: Path) -> None:
     """Print the accuracy of the full width alone on the validation images, for some settings around the chosen ones."""
     for more in (
+        {"lr": 0.006, "min_crop_scale": 0.3},
+        {"lr": 0.003, "min_crop_scale": 0.3},
+        {"min_crop_scale": 0.3},
+        {"lr": 0.006},
         {},
-        {"lr": 0.003},
-        {"lr": 0.012},
-        {"min_crop_scale": 0.2},
-        {"min_crop_scale": 0.56},
         {"temperature": 0.1},
         {"temperature": 0.4},
+        {"min_crop_scale": 0.1},
     ):
         config = replace(configuration("fashion", "alone", 0, **more), widths=(1.0,))
         found = pretrain(config, PLANES, images_of(config, validate=True, folder=folder), {}).accuracy[1.0]
