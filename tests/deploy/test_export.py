@@ -80,7 +80,7 @@ def vit():
 
 
 def torchvision_net():
-    return pytest.importorskip("torchvision").models.mobilenet_v3_small(num_classes=5), torch.rand(2, 3, 64, 64)
+    return pytest.importorskip("torchvision").models.squeezenet1_1(num_classes=5), torch.rand(2, 3, 64, 64)
 
 
 def bert():
