@@ -30,7 +30,7 @@ from benchmarks.runtime.training import read
 from benchmarks.training_data import Kept, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, load_images
+from slimmable.cli.data import Images, Plain, batches_of, load_images
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
 from slimmable.evaluation import evaluate_features
@@ -59,6 +59,11 @@ FASHION: dict[str, dict[str, Any]] = {
     "ours": OURS,
     "ours, no slow start": OURS | {"slow_start": 0.0},
     "ours, longer": OURS | {"epochs": 22},  # as many multiply-adds as the networks alone
+    "slow start": BARE | {"slow_start": 0.5},
+    "distillation": BARE | {"distill": "own"},
+    "re-weighting": BARE | {"loss_weights": "widest_plus_rest"},
+    "sandwich": OURS | {"universal": True},  # two more widths drawn in each step (Yu and Huang 2019)
+    "labels": BARE | {"method": "supervised"},
 }
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
@@ -155,6 +160,9 @@ def pretrain(
         training.take_step()
     seconds = time.process_time() - start
     backbone = method.backbone
+    if config.universal:
+        some = Plain(images.train, config.image_size, most=4096)
+        slimmable.calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
     train, test = (features_at_widths(backbone, Plain(part, config.image_size)) for part in (images.train, images.test))
     accuracy = {
         width: {probe: getattr(found, probe) for probe in PROBES}
