@@ -14,9 +14,10 @@ _ABSENT = object()
 
 
 def is_under(name: str, pattern: str) -> bool:
-    """Tell whether a module's name, or that of a module above it, matches an `fnmatch` pattern."""
+    """Tell whether a module's name, or that of a module above it, is this one or matches it as an `fnmatch` pattern."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[: count + 1]), pattern) for count in range(len(parts)))
+    heads = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return pattern in heads or any(fnmatchcase(head, pattern) for head in heads)
 
 
 @contextmanager

@@ -306,10 +306,11 @@ def fake_quantize(op: Operation) -> None:
 
 @_rule_of("_softmax _log_softmax _safe_softmax")
 def softmax(op: Operation) -> None:
-    """The units of an axis compete."""
+    """The units of an axis compete; as an output, they are classes."""
     op.keeps("self")
     if op["self"].ndim:
         op.mixes("self", op["dim"])
+        op._made = op._axis("self", op["dim"])[1] is not None
 
 
 @_rule_of("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm")

@@ -13,14 +13,14 @@ import numpy as np
 from torch import nn
 
 from slimmable._inputs import Arguments, output_tensors
-from slimmable._modules import size_axes, swapped
+from slimmable._modules import is_under, size_axes, swapped
 from slimmable._reach import sweep
 from slimmable._widths import kept_of
 from slimmable.analysis.fake import FakeModel, recorded_outputs
 from slimmable.analysis.integers import Constraint
 from slimmable.analysis.labels import Ids, Labels
 from slimmable.analysis.plan import Channels, Counts, Failure, Grouping, Output, Pin, Plan, Requirements, SubNetwork
-from slimmable.analysis.trace import Context, Outputs, Skip, is_inside, trace
+from slimmable.analysis.trace import Context, Outputs, Skip, trace
 from slimmable.errors import ConversionError, TraceError
 
 _TRIED = 10**8  # parameters of the largest model that runs, with numbers, to see whether an advice works
@@ -33,7 +33,7 @@ def make_plan(
     pinned, replayed = dict[str, str](), dict[str, list[Any]]()
 
     def stays(path: str, module: nn.Module) -> bool | str:
-        return next((why for outer, why in pinned.items() if is_inside(path, outer)), "") or skip(path, module)
+        return next((why for outer, why in pinned.items() if is_under(path, outer)), "") or skip(path, module)
 
     while True:
         fake = FakeModel(model, example, replayed)
@@ -41,7 +41,7 @@ def make_plan(
             plan = filled_plan(fake, best_trace(fake, rules, stays, outputs), rules)
             failed = first_failure(fake, plan)
         except TraceError as error:
-            outer = [(name, each) for name, each in model.named_modules() if name and is_inside(error.module, name)]
+            outer = [(name, each) for name, each in model.named_modules() if name and is_under(error.module, name)]
             above = next((name for name, module in outer if skip(name, module)), None)  # the outermost skipped one
             if above is None or above in replayed:
                 if advise:
@@ -59,7 +59,7 @@ def make_plan(
             sweep(made)
             return plan
         path, reason = failed
-        while path in pinned or not any(is_inside(owner, path) for owner, _ in plan.channels.tensors):
+        while path in pinned or not any(is_under(owner, path) for owner, _ in plan.channels.tensors):
             if not path:
                 raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
             path = path.rpartition(".")[0]  # the failure comes from the modules inside
@@ -73,7 +73,7 @@ def _advice(model: nn.Module, path: str, skip: Skip, tried: Callable[[Skip], Pla
         return "You can also move what fails into a module of its own and skip that."
     if sum(parameter.numel() for parameter in model.parameters()) <= _TRIED:
         try:
-            plan = tried(lambda name, module: is_inside(name, path) or skip(name, module))
+            plan = tried(lambda name, module: is_under(name, path) or skip(name, module))
         except Exception as error:
             return f"Skipping only that module does not help: {str(error).partition(chr(10))[0]}"
         if not plan.channels.units:

@@ -197,7 +197,8 @@ def _traced(value: Any, key: Attribute, context: Context) -> Any:
 def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs) -> None:
     """Note the outputs, and pin those that keep their size, as `slimify` says."""
     labels, backbones = context.labels, _backbones(model, context.calls)
-    classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
+    classes = {path: {vars(module).get("num_classes")} for path, module in model.named_modules()}
+    classes[""].add(vars(model).get("out_channels"))  # as MONAI's networks have
     inner = {
         "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
         "keys and values of an attention": labels.roots(*context.attended),
@@ -207,10 +208,10 @@ def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str,
         """Return why these units get thinner, or "" if they stay."""
         own = labels.roots(ids)
         makers = {path for path, made in context.producers if own & labels.roots(made)}
-        sized = [path for path, count in classes.items() if count == len(ids)]
-        if any(not path or is_inside(maker, path) for path in sized for maker in makers):
+        sized = [path for path, counts in classes.items() if len(ids) in counts]
+        if any(not path or is_under(maker, path) for path in sized for maker in makers):
             return ""  # class scores, which SqueezeNet rectifies
-        if any(not path or all(is_inside(maker, path) for maker in makers) for path in backbones):
+        if any(not path or all(is_under(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
             if own & roots:
@@ -248,11 +249,6 @@ def _kinds(wanted: Outputs, names: Sequence[str]) -> list[str]:
             raise ConversionError(f"outputs={wanted!r}: this model has no output {key!r}; it has {known}")
         kinds |= dict.fromkeys(matching, kind)
     return [kinds[name] for name in names]
-
-
-def is_inside(path: str, outer: str) -> bool:
-    """Tell whether a module is the outer one or inside it; as the outer one, the root only contains itself."""
-    return path == outer or path.startswith(f"{outer}.")
 
 
 def _backbones(model: nn.Module, called: Collection[str]) -> list[str]:

@@ -96,6 +96,8 @@ class Training:
         peak = self.config.lr if later is None or progress < self.config.slow_start else later
         self.schedule.base_values = [peak for _ in self.optimizer.param_groups]
         self.schedule.step_update(self.step)
+        group = self.optimizer.param_groups[0]
+        self.learning_rate = float(group["lr"] / group.get("lr_scale", 1.0))
         torch.manual_seed(data.seed_of(self.config.seed, -2 - self.step, rank()))  # hash(-1) == hash(-2)
         self.optimizer.zero_grad()
         losses = self.method.step(
@@ -115,12 +117,6 @@ class Training:
         self.scaler.update()
         self.step += 1
         return losses
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the last step."""
-        group = self.optimizer.param_groups[0]
-        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     def _draw(self) -> Iterator[list[Tensor]]:
         """Yield the views and the labels of each step that is left when the first of them is asked for."""

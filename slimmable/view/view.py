@@ -204,7 +204,12 @@ class _Viewed(HasWidths):
             reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[1][:1] != (type(self),):
             return reduced
-        return (_rebuild, (*self._slim_view, *reduced[1][1:]), *reduced[2:])
+        own = {name: value for name, value in self.__dict__.items() if name.startswith("_slim")}
+        return (_rebuild, (*self._slim_view, *reduced[1][1:]), (reduced[2], own), *reduced[3:])
+
+    def __setstate__(self, state: tuple[Any, dict[str, Any]]) -> None:
+        super().__setstate__(state[0])  # type: ignore[no-untyped-call]  # a class may run its constructor
+        self.__dict__.update(state[1])
 
     # -- what tools that count, quantise or script layers are told
     def apply(self, fn: Any) -> Any:

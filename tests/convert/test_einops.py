@@ -1,6 +1,8 @@
 """Modules that reshape with einops, whose cached recipes must not remember the sizes of another width."""
 
+import copy
 import itertools
+import pickle
 import subprocess
 import sys
 
@@ -131,3 +133,31 @@ def test_a_plan_is_the_same_whatever_ran_before():
             assert plan_of(style) == fresh[style]
             make, shape = STYLES[style]
             make()(torch.zeros(shape))
+
+
+def heads():
+    split, joined = Rearrange("b (h d) -> b h d", h=4), Rearrange("b h d -> b (h d)", h=4)
+    both = (split, Reduce("b h (d k) -> b h d", "mean", k=2), joined)
+    return nn.Sequential(nn.Linear(8, 32), *both, nn.Linear(16, 16), Rearrange("b (h d) -> b h d", d=4), nn.Flatten())
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_copies_of_layers_that_keep_their_arguments_alone_have_the_widths(width):
+    """Pickled and copied, those of einops run their constructor again, in narrow networks too."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(heads(), nn.Linear(16, 3)), torch.randn(2, 8)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    slimmable.set_width(slim, width)
+    expected = slim(x)
+    small = slimmable.extract(slim, width)
+    assert [type(module) for module in small.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(small(x), expected)
+    for twin in (
+        copy.deepcopy(slim),
+        pickle.loads(pickle.dumps(slim)),
+        slimmable.slimify(slim, (*WIDTHS, 0.75), example_inputs=x),
+    ):
+        assert slimmable.width_of(twin) in (width, 1.0)
+        for other in WIDTHS:
+            with slimmable.at_width(twin, other), slimmable.at_width(slim, other):
+                assert torch.equal(twin(x), slim(x))

@@ -388,3 +388,35 @@ def test_names_of_nested_outputs():
     nested = {"a": [tensor, (tensor,)], "b": Both(tensor, tensor)}
     assert [name for name, _ in named_tensors(nested)] == ["a.0", "a.1.0", "b.features", "b.scores"]
     assert [name for name, _ in named_tensors(tensor)] == [""]
+
+
+# -- scores that look like features
+class Residual(nn.Module):
+    """A network like MONAI's U-Net, which ends with a residual block of as many channels as classes."""
+
+    def __init__(self, classes: int, **sizes: int):
+        super().__init__()
+        self.body, self.last = body(classes), nn.Conv2d(classes, classes, 3, padding=1)
+        vars(self).update(sizes)
+
+    def forward(self, images):
+        features = F.prelu(self.body(images), torch.tensor([0.2], dtype=images.dtype))
+        return features + self.last(features)
+
+
+def test_the_sum_of_a_last_residual_block_is_as_large_as_the_model_says():
+    assert shapes_at_half(Residual(6, out_channels=6), IMAGES) == [(2, 6, 16, 16)]
+    assert shapes_at_half(Residual(6, num_classes=6), IMAGES) == [(2, 6, 16, 16)]
+    assert shapes_at_half(Residual(6), IMAGES) == [(2, 3, 16, 16)]
+    assert shapes_at_half(Residual(6, out_channels=5), IMAGES) == [(2, 3, 16, 16)]
+    inside = nn.Sequential(Residual(6, out_channels=6), nn.ReLU())  # a block says so of its features
+    assert shapes_at_half(inside, IMAGES) == [(2, 3, 16, 16)]
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(1), nn.Softmax2d()])
+def test_what_competes_is_a_class(last):
+    rectified = nn.Sequential(body(6), nn.ReLU())
+    assert shapes_at_half(nn.Sequential(rectified, last), IMAGES) == [(2, 6, 16, 16)]
+    assert shapes_at_half(rectified, IMAGES) == [(2, 3, 16, 16)]
+    assert shapes_at_half(nn.Sequential(rectified, nn.Softmax(2)), IMAGES) == [(2, 3, 16, 16)]
+    assert shapes_at_half(nn.Sequential(rectified, last, nn.Conv2d(6, 6, 1), nn.ReLU()), IMAGES) == [(2, 3, 16, 16)]
