@@ -6,7 +6,10 @@ from importlib import import_module
 
 from benchmarks.other_models.entry import Entry
 
-LIBRARIES = ("hugging_face", "generators", "segmentation", "graphs", "einops_style", "vision")
+LIBRARIES = (
+    *("hugging_face", "generators", "segmentation", "graphs", "einops_style", "vision"),
+    *("medical", "clip", "detection", "sound", "video"),
+)
 
 
 def listed() -> tuple[dict[str, Entry], dict[str, str]]:

@@ -660,3 +660,25 @@ def test_the_profile_says_which_inputs_the_model_does_not_take():
     with pytest.raises(slimmable.errors.UsageError, match=message):
         slimmable.profile(slim, (3, 64, 64))
     assert slimmable.width_of(slim) == 1.0
+
+
+class Detect(nn.Module):
+    """Computes anchors when they are needed, as the heads of YOLO do, whose class has an empty tensor for them."""
+
+    anchors = torch.empty(0)
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        boxes = self.head(self.body(images).relu())
+        self.anchors = torch.arange(boxes.shape[-1], dtype=boxes.dtype)
+        return boxes + self.anchors
+
+
+def test_a_tensor_as_an_attribute_of_a_class_does_not_stop_an_extraction():
+    model, images = Detect().eval(), torch.rand(1, 3, 8, 8)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=images)
+    with slimmable.at_width(slim, 0.5):
+        assert torch.equal(slimmable.extract(slim, 0.5)(images), slim(images))
