@@ -93,8 +93,7 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            texts: Any = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
-            metadata = {name: str(text) for name, text in texts.items()}
+            metadata = {name: str(text) for name, text in json.loads((file.metadata() or {}).get(_ENTRY, "{}")).items()}
             if metadata.get("format") != form:
                 raise CheckpointError(f"{path} was not written by {made_by}, or by another version of it")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping

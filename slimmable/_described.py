@@ -97,7 +97,7 @@ def stored_by_forward(kind: Any) -> set[str]:
 def _codes_of_forward(kind: Any) -> list[CodeType]:
     found, names = list[CodeType](), ["forward"]
     for name in names:  # which grow
-        code = getattr(inspect.unwrap(getattr(kind, name, None)), "__code__", None)
+        code = getattr(inspect.unwrap(getattr(kind, name, object)), "__code__", None)
         codes = [] if code is None else list(codes_in(code))
         found += codes
         names += {name for each in codes for name in each.co_names}.difference(names)

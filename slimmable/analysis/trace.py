@@ -197,8 +197,7 @@ def _traced(value: Any, key: Attribute, context: Context) -> Any:
 def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str, Tensor]], wanted: Outputs) -> None:
     """Note the outputs, and pin those that keep their size, as `slimify` says."""
     labels, backbones = context.labels, _backbones(model, context.calls)
-    classes = {path: {vars(module).get("num_classes")} for path, module in model.named_modules()}
-    classes[""].add(vars(model).get("out_channels"))  # as MONAI's networks have
+    classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
     inner = {
         "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
         "keys and values of an attention": labels.roots(*context.attended),
@@ -208,9 +207,10 @@ def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str,
         """Return why these units get thinner, or "" if they stay."""
         own = labels.roots(ids)
         makers = {path for path, made in context.producers if own & labels.roots(made)}
-        sized = [path for path, counts in classes.items() if len(ids) in counts]
+        sized = [path for path, count in classes.items() if count == len(ids)]
+        sized += [""] if vars(model).get("out_channels") == len(ids) else []
         if any(not path or is_under(maker, path) for path in sized for maker in makers):
-            return ""  # class scores, which SqueezeNet rectifies
+            return ""  # class scores, which SqueezeNet rectifies, and of which MONAI's U-Net has a residual stream
         if any(not path or all(is_under(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from slimmable._checks import check_path
 from slimmable._inputs import Inputs, example_of, named_tensors, output_tensors, tensors
+from slimmable._modules import swapped
 from slimmable._widths import width_index
 from slimmable.errors import CheckpointError, SlimmableError, explained
 
@@ -53,7 +54,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     for single, pair in zip(tensors((one.args, one.kwargs)), tensors((two.args, two.kwargs)), strict=True):
         if single.shape != pair.shape:
             shapes[pair] = {0: batch}
-    with torch.no_grad(), quiet(), explained(f"torch.export cannot follow the forward of {type(model).__name__}"):
+    saved = swapped([(vars(each), "_non_persistent_buffers_set", set()) for each in model.modules()])  # to be whole
+    with torch.no_grad(), quiet(), saved, explained(f"torch.export cannot follow {type(model).__name__}.forward"):
         model(*one.args, **one.kwargs)  # so that caches hold numbers, not what stands for them while it is recorded
         try:
             dynamic = shapes.dynamic_shapes(model, two.args, two.kwargs)  # type: ignore[no-untyped-call]

@@ -46,6 +46,19 @@ class Placed(nn.Module):
         return images
 
 
+class Heads(nn.Module):
+    """Adds a buffer that is not saved, of which narrow widths keep the first units of each of four heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.register_buffer("shift", torch.linspace(-1, 1, 32), persistent=False)
+
+    def forward(self, input):
+        heads = (self.first(input) + self.shift).unflatten(1, (4, -1))
+        return self.last((heads / (1 + heads.square().mean(-1, keepdim=True))).flatten(1))
+
+
 def mlp():
     net = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
     return net, torch.rand(4, 6)
@@ -61,6 +74,10 @@ def keywords():
 
 def placed():
     return Placed(), torch.rand(4, 40, 40)
+
+
+def heads():
+    return Heads(), torch.rand(4, 8)
 
 
 def resnet():
@@ -92,10 +109,15 @@ def bert():
 
 
 KINDS = {
-    **{make.__name__: make for make in (mlp, pair, keywords, placed, resnet, features)},
+    **{make.__name__: make for make in (mlp, pair, keywords, placed, heads, resnet, features)},
     **{make.__name__: make for make in (convnext, vit, torchvision_net, bert)},
 }
-NAMES = {"pair": ["tokens", "features", "scale"], "bert": ["input_ids", "attention_mask"], "mlp": ["input"]}
+NAMES = {
+    "pair": ["tokens", "features", "scale"],
+    "bert": ["input_ids", "attention_mask"],
+    "mlp": ["input"],
+    "heads": ["input"],
+}
 
 
 @pytest.fixture(params=KINDS, scope="module")
