@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import json
@@ -102,6 +103,20 @@ def _ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float
 def median_cpu_ms(times: Times) -> float:
     """Return the median processor time."""
     return round(statistics.median(times.cpu), 4)
+
+
+def reset_peak() -> int:
+    """Forget the largest memory that this process has had, where the system can, and return what it has now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the largest memory that this process has had, in bytes, or 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def environment() -> dict[str, Any]:

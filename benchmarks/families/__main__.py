@@ -7,15 +7,16 @@ The smallest model of each of timm's model modules (`tests/convert/zoo.json`), a
 three say: all layers at half width, class scores kept. Counted are networks that run forward and backward, give scores
 of the same shape, and need at most half of the multiply-adds; not what they have learnt. Needs the packages
 `torch-pruning` and `nvidia-modelopt`. Times are processor times of one thread, memory is the peak of the process over
-what it held with the model.
+what it held with the model. One that takes more than five minutes is stopped.
 """
 
 import argparse
 import json
-import re
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimmable
-from benchmarks.measuring import append_rows, markdown, origin, read_rows
+from benchmarks.measuring import append_rows, markdown, origin, peak_bytes, read_rows, reset_peak
+from benchmarks.timm_zoo.guard import guarded
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 FIELDS = ("library", "module", "model", "seconds", "megabytes", "share", "error")
@@ -74,6 +76,9 @@ LIBRARIES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 }
 
 
+PACKAGES = {"Torch-Pruning": "torch_pruning", "Model Optimizer": "modelopt.torch.nas"}
+
+
 def flops(model: nn.Module, images: Tensor) -> int:
     model.requires_grad_(False)  # or the counter looks for a gradient where a layer returns a parameter
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -82,21 +87,15 @@ def flops(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def now(field: str) -> int:
-    """Return a figure of this process's memory in KB."""
-    return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-
-
 def examine(library: str, name: str) -> dict[str, object]:
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     images = torch.rand(2, *model.pretrained_cfg["input_size"])
     scores, before = model(images), flops(model, images)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    held, start = now("VmRSS"), time.process_time()
+    held, start = reset_peak(), time.process_time()
     half = LIBRARIES[library](model, images)
     row: dict[str, object] = {"seconds": f"{time.process_time() - start:.2f}"}
-    row["megabytes"] = f"{(now('VmHWM') - held) / 1024:.0f}"
+    row["megabytes"] = f"{(peak_bytes() - held) / 2**20:.0f}"
     found = half.eval()(images)
     row["share"] = f"{flops(half, images) / before:.3f}"
     if found.shape != scores.shape:
@@ -131,6 +130,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    for library in PACKAGES.keys() & set(given.libraries):
+        import_module(PACKAGES[library])  # here, and not in each of the processes that are timed
     zoo: dict[str, str] = json.loads((ROOT / "tests" / "convert" / "zoo.json").read_text())
     chosen = {module: zoo[module] for module in given.modules or zoo}
     path = given.out / "halves.csv"
@@ -139,10 +140,8 @@ def main() -> None:
             if (library, module) in {(row["library"], row["module"]) for row in read_rows(path)}:
                 continue
             row: dict[str, Any] = dict.fromkeys(FIELDS, "") | {"library": library, "module": module, "model": name}
-            try:
-                row |= examine(library, name)
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:150]}"
+            row |= guarded(partial(examine, library), name, seconds=300, gib=12)
+            row["error"] = row["error"][:150]
             print(" ".join(f"{key}={value}" for key, value in row.items() if value), flush=True)
             append_rows(path, FIELDS, [row])
     made = json.loads(path.with_suffix(".json").read_text())

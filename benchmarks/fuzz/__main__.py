@@ -32,7 +32,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from benchmarks.measuring import environment, markdown, origin, read_results
+from benchmarks.measuring import environment, markdown, origin, peak_bytes, read_results, reset_peak
 from slimmable.errors import SlimmableError
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def attempt(name: str, reader: Reader, seed: int, number: int) -> Outcome:
         folder = Path(outside) / "input"
         folder.mkdir()
         call, description = reader(random.Random(f"{name} {seed} {number}"), folder)
-        before, start = _reset_peak(), time.monotonic()
+        before, start = reset_peak(), time.monotonic()
         kind, said = "answered", ""
         try:
             with _limited(SECONDS), _silent():
@@ -80,7 +80,7 @@ def attempt(name: str, reader: Reader, seed: int, number: int) -> Outcome:
             kind, said = "refused", f"{type(error).__name__}: {error}"
         except (Exception, SystemExit, Hangs):
             kind, said = "fault", traceback.format_exc(limit=-6).encode("ascii", "backslashreplace").decode()
-        seconds, grown = time.monotonic() - start, max(0, _peak() - before)
+        seconds, grown = time.monotonic() - start, max(0, peak_bytes() - before)
         if grown > BYTES:
             kind, said = "fault", f"took {grown / 2**20:.0f} MiB; {said}"
         strays = [str(path) for path in Path(outside).iterdir() if path != folder]
@@ -107,20 +107,6 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _reset_peak() -> int:
-    """Forget the largest memory that this process has had, where the system can, and return what it has now."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    """Return the largest memory that this process has had, in bytes, or 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def search(data: dict[str, Any], readers: dict[str, Reader], enough: Callable[[], bool]) -> None:

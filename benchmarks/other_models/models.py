@@ -8,7 +8,7 @@ from benchmarks.other_models.entry import Entry
 
 LIBRARIES = (
     *("hugging_face", "generators", "segmentation", "graphs", "einops_style", "vision"),
-    *("medical", "clip", "detection", "sound", "video"),
+    *("medical", "clip", "transformer_options", "detection", "sound", "video"),
 )
 
 

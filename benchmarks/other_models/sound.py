@@ -12,8 +12,6 @@ from torchaudio import models
 import slimmable
 from benchmarks.other_models.entry import FULL, Entry, noise
 
-WAVE = partial(noise, 2, 800)
-
 
 def entries() -> Iterator[Entry]:
     letters = partial(models.Wav2Letter, num_classes=10, input_type="mfcc", num_features=13)

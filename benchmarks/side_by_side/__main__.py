@@ -12,7 +12,6 @@ thread.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -26,7 +25,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import slimmable
-from benchmarks.measuring import compare, interleaved, markdown, median_cpu_ms, origin, read_results, write_result
+from benchmarks.measuring import (
+    compare,
+    interleaved,
+    markdown,
+    median_cpu_ms,
+    origin,
+    peak_bytes,
+    read_results,
+    reset_peak,
+    write_result,
+)
 from benchmarks.side_by_side.networks import CONTESTANTS, IMAGE, WIDTHS
 
 HERE = Path(__file__).parent
@@ -97,16 +106,11 @@ def steps_of(name: str, folder: Path, batch: int) -> tuple[dict[str, Callable[[]
 
 def megabytes(name: str, folder: Path, batch: int, call: str) -> float:
     """Return what two calls add to the memory of this process, at most."""
-
-    def now(field: str) -> int:
-        return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-
     calls, *_ = steps_of(name, folder, batch)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    before = now("VmRSS")
+    before = reset_peak()
     for _ in range(2):
         calls[call]()
-    return (now("VmHWM") - before) / 1024
+    return (peak_bytes() - before) / 2**20
 
 
 def measure(name: str, folder: Path, batch: int, seconds: float, out: Path) -> None:

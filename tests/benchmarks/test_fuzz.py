@@ -45,7 +45,7 @@ CALLS = {
 def test_faults_are_told_from_answers(what, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.5)
     monkeypatch.setattr(fuzz, "BYTES", 2**24)
-    if what == "too large" and not fuzz._peak():
+    if what == "too large" and not fuzz.peak_bytes():
         pytest.skip("the system does not tell how much memory was used")
     found = fuzz.attempt("x", lambda draw, folder: ((lambda: CALLS[what](folder)), what), 0, 0)
     assert found.kind == (what if what in ("answered", "refused") else "fault")
