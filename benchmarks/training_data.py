@@ -21,7 +21,7 @@ class Kept(Views):
         self.known = known
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        new = [key for key in keys if key not in self.known]
+        new = [key for key in keys if len(self.known.get(key, ())) <= len(self.transforms)]  # views, and a label
         if new:
             *drawn, labels = super().__getitems__(new)
             kept = [view.mul(255).round().to(torch.uint8) for view in drawn]

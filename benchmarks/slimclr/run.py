@@ -34,6 +34,7 @@ from slimmable.cli.data import Images, Plain, batches_of, load_images
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
 from slimmable.evaluation import evaluate_features
+from slimmable.methods import Distillation
 from slimmable.training import GradientDiagnostics
 
 HERE = Path(__file__).parent
@@ -62,11 +63,14 @@ FASHION: dict[str, dict[str, Any]] = {
     "slow start": BARE | {"slow_start": 0.5},
     "distillation": BARE | {"distill": "own"},
     "re-weighting": BARE | {"loss_weights": "widest_plus_rest"},
-    "sandwich": OURS | {"universal": True},  # two more widths drawn in each step (Yu and Huang 2019)
+    "sandwich": OURS | {"universal": True},  # middle widths drawn in each step (Yu and Huang 2019)
+    "two stages": BARE | {"method": "supervised", "epochs": 40},  # by a teacher; one view a step, so as many views
     "labels": BARE | {"method": "supervised"},
 }
+OTHER_METHOD = tuple(arm for arm in FASHION if arm not in ("two stages", "labels"))
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
+    "method": "mocov2",
     "epochs": 30,
     "warmup_epochs": 2.5,
     "batch_size": 128,
@@ -74,13 +78,20 @@ SHARED: dict[str, Any] = {
     "proj_hidden_dim": 64,
     "queue_size": 512,
 }
+ON_FASHION: dict[str, Any] = {
+    **{"data": "fashion", "num_images": 12_800, "image_size": 28, "method": "simclr", "proj_hidden_dim": 128},
+    **{"epochs": 20, "warmup_epochs": 1.0, "batch_size": 256, "lr": 0.012, "min_crop_scale": 0.2},
+}
 SETS: dict[str, dict[str, Any]] = {
     "digits": {"data": "digits", "num_images": 4096, "image_size": 20, "lr": 0.006},
     "glyphs": {"data": "glyphs", "num_images": 4096, "image_size": 20, "lr": 0.006},
-    "fashion": {
-        **{"data": "fashion", "num_images": 12_800, "image_size": 28, "method": "simclr", "proj_hidden_dim": 128},
-        **{"epochs": 20, "warmup_epochs": 1.0, "batch_size": 256, "lr": 0.012, "min_crop_scale": 0.2},
-    },
+    "fashion": ON_FASHION,
+    "fashion-vicreg": ON_FASHION | {"method": "vicreg", "proj_dim": 256, "proj_hidden_dim": 256},
+    "fashion-byol": ON_FASHION | {"method": "byol"},
+}
+PASSES = {  # forwards of an image in a step: with gradients, and of the momentum encoder or the teacher
+    **{"mocov2": (1, 1), "simclr": (2, 0), "vicreg": (2, 0), "byol": (2, 2)},
+    "supervised": (1, 0),
 }
 PROBES = ("knn", "linear", "slimmable", "ridge")
 GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
@@ -103,7 +114,10 @@ class Trained:
 
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
-    return FASHION if data == "fashion" else ARMS
+    """Return the arms of a set of `SETS`: name -> settings."""
+    if data in ("digits", "glyphs"):
+        return ARMS
+    return FASHION if data == "fashion" else {arm: FASHION[arm] for arm in OTHER_METHOD}
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
@@ -143,23 +157,28 @@ def pretrain(
     planes: tuple[int, ...],
     images: Images,
     known: dict[tuple[int, int], list[torch.Tensor]],
-) -> Trained:
-    """Train one network at the widths of `config`, and evaluate each."""
+    teacher: nn.Module | None = None,
+) -> tuple[Training, float]:
+    """Train one network at the widths of `config`, or by the features of `teacher`; return it and the seconds."""
     torch.manual_seed(config.seed)
-    method = build_method(
-        config,
-        network(config.data, images.channels, planes),
-        images.channels,
-        len(images.classes),
-    )
+    backbone, classes = network(config.data, images.channels, planes), len(images.classes)
+    if teacher is None:
+        method = build_method(config, backbone, images.channels, classes)
+    else:
+        encoder = build_method(config, backbone, images.channels, teacher.num_features).encoder
+        method = Distillation(encoder, teacher, kind="cosine")
     training = Training(config, method, images, torch.device("cpu"))
     training.views = Kept(training.views, known)
     training.diagnostics = GradientDiagnostics(method.online, EVERY)
     start = time.process_time()
     while training.step < training.steps:
         training.take_step()
-    seconds = time.process_time() - start
-    backbone = method.backbone
+    return training, time.process_time() - start
+
+
+def judged(training: Training, seconds: float) -> Trained:
+    """Evaluate each width."""
+    config, images, backbone = training.config, training.images, training.method.backbone
     if config.universal:
         some = Plain(images.train, config.image_size, most=4096)
         slimmable.calibrate_bn(backbone, batches_of(some, config.batch_size), config.widths)
@@ -190,14 +209,20 @@ def gradients(training: Training) -> dict[float, dict[str, float]]:
 
 
 def cost(training: Training, images: Images) -> float:
-    """Return the multiply-adds of the encoder in the whole training: a backward counts as two forwards."""
-    config = training.config
+    """Return the multiply-adds of the encoder in the whole training: a backward counts as two forwards.
+
+    Widths that are drawn in each step count as those of the configuration between the widest and the narrowest.
+    """
+    config, method = training.config, training.method
     size = (images.channels, config.image_size, config.image_size)
-    macs = {row.width: row.macs for row in slimmable.profile(training.method.encoder, size, repeats=0).rows}
+    macs = {row.width: row.macs for row in slimmable.profile(method.encoder, size, repeats=0).rows}
+    views, keys = PASSES[config.method]
     slow = round(config.slow_start * training.steps)
-    queries = 3 * (slow * macs[1.0] + (training.steps - slow) * sum(macs.values()))
-    keys = training.steps * macs[1.0]
-    return float(config.batch_size * (queries + keys))
+    trained = 3 * views * (slow * macs[1.0] + (training.steps - slow) * sum(macs.values()))
+    held = keys * macs[1.0]
+    if isinstance(method, Distillation):
+        held = slimmable.profile(method.teacher, size, repeats=0).rows[0].macs
+    return float(config.batch_size * (trained + training.steps * held))
 
 
 def run(
@@ -211,13 +236,18 @@ def run(
     """Yield a row for each width."""
     config = configuration(data, arm, seed, **more)
     images = images_of(config, folder=folder)
-    if arm == "alone":
-        for width in WIDTHS:
-            planes = tuple(round(width * each) for each in PLANES)
-            one = replace(config, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
-            yield from rows(pretrain(one, planes, images, known), arm, seed, width)
-    else:
-        yield from rows(pretrain(config, PLANES, images, known), arm, seed)
+    if arm not in ("alone", "two stages"):
+        yield from rows(judged(*pretrain(config, PLANES, images, known)), arm, seed)
+        return
+    teacher: nn.Module | None = None
+    for width in WIDTHS:
+        planes = tuple(round(width * each) for each in PLANES)
+        first = config if teacher is not None else configuration(data, "alone", seed, **more)
+        one = replace(first, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
+        found = pretrain(one, planes, images, known, teacher)
+        yield from rows(judged(*found), arm, seed, width)
+        if arm == "two stages" and teacher is None:  # the full network, trained by itself, teaches the narrow ones
+            teacher = found[0].method.backbone
 
 
 def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> Iterator[dict[str, Any]]:
@@ -241,7 +271,8 @@ def validate(folder: Path) -> None:
         {"min_crop_scale": 0.1},
     ):
         config = replace(configuration("fashion", "alone", 0, **more), widths=(1.0,))
-        found = pretrain(config, PLANES, images_of(config, validate=True, folder=folder), {}).accuracy[1.0]
+        trained = pretrain(config, PLANES, images_of(config, validate=True, folder=folder), {})
+        found = judged(*trained).accuracy[1.0]
         shown = "  ".join(f"{name} {100 * share:.1f}" for name, share in found.items())
         print(f"{more or 'as chosen'}: {shown}", flush=True)
 
