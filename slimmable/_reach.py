@@ -397,7 +397,7 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
 
 
 class ReadInMemory(TorchFunctionMode):
-    """Replaces what reads numbers in memory: the packing of sequences of different lengths, numbers in text."""
+    """Replaces what reads numbers in memory: packed sequences, numbers in text; and runs two steps of a long RNN."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -414,6 +414,10 @@ class ReadInMemory(TorchFunctionMode):
             rows = [_padded(step, 0, sizes[0], padding) for step in data.split(sizes)]
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
+        if name in ("gru", "lstm", "rnn_relu", "rnn_tanh") and isinstance(args[3], bool):  # not packed
+            source, axis = args[0], int(args[-1])
+            out, *states = func(source[:, :2] if axis else source[:2], *args[1:])  # the second step reads the first's
+            return torch.cat([out.narrow(axis, 0, 1)] * source.shape[axis], axis), *states
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
             return format(args[0].item(), args[1])
         return func(*args, **(kwargs or {}))

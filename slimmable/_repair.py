@@ -118,8 +118,7 @@ def _fit(small: Any, full: Any, units: Tensor, batches: list[Arguments], ridge: 
             network(*args, **kwargs)
             whole(*args, **kwargs)
         for (x, y), (_, wanted) in zip(found[layer], found[wide], strict=True):
-            lacking = wanted.index_select(axis, units.to(y.device)) - y
-            products = products + _products(layer, x, lacking, draw)
+            products = products + _products(layer, x, wanted.index_select(axis, units.to(y.device)) - y, draw)
     squares, mixed = products.tensor_split([products.shape[1]], -1)
     inputs = layer.weight[0].numel()
     diagonal = squares.diagonal(dim1=1, dim2=2)[:, :inputs]

@@ -67,8 +67,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
     """Return the widths that all parts of `model` have, the widest first. Raises: ConversionError: as `set_width`."""
-    known = (set(state.numbers) for _, state in places_of(model))
-    return tuple(sorted(set.intersection(*known), reverse=True))
+    return tuple(sorted(set.intersection(*(set(state.numbers) for _, state in places_of(model))), reverse=True))
 
 
 def width_of(model: nn.Module) -> float | tuple[int, ...]:

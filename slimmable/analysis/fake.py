@@ -94,9 +94,9 @@ class FakeModel:
         args, kwargs = map_tensors(self._input, self._given)
         self._replays = {path: iter(outputs) for path, outputs in self._replayed.items()}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])
-        around: list[Any] = [self.reach.untouched(), layers_in_parts(), quietly, self._where, values]
+        around = (self.reach.untouched(), layers_in_parts(), quietly, self._where, values, ReadInMemory())
         with ExitStack() as stack:
-            for mode in (*around, ReadInMemory(), torch.no_grad(), _Shortcuts(self.made), *modes):
+            for mode in (*around, torch.no_grad(), _Shortcuts(self.made), *modes):
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
 

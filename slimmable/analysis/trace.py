@@ -119,8 +119,7 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
         context.tensors.pop(cache, None)
     context.at("output", "")
     context.use(output_tensors(output))
-    wanted = "full" if skip("", fake.model) else outputs
-    label_outputs(context, fake.model, named_tensors(output), wanted)
+    label_outputs(context, fake.model, named_tensors(output), "full" if skip("", fake.model) else outputs)
     return context
 
 

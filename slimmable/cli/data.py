@@ -351,8 +351,7 @@ def keys_of_steps(
     share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
     first, skipped = divmod(start, count // batch_size)
     for epoch in range(first, epochs):
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
         for step in range(skipped, count // batch_size):
             yield [(epoch, number) for number in order[step * batch_size :][:batch_size][share]]
         skipped = 0

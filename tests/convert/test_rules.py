@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import slimmable
+from slimmable.analysis.fake import FakeModel
 from tests.convert import oracles
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -306,6 +307,36 @@ def test_recurrent_layers(kind, dtype):
     slimmable.set_width(slim, 0.5)
     slim(x).sum().backward()
     assert torch.equal(copy.deepcopy(slim)(x), slim(x))
+
+
+class States(Recurrent):
+    def forward(self, x: Tensor) -> Tensor:
+        steps, state = self.rnn(self.embed(x))
+        last = state[0] if isinstance(state, tuple) else state
+        return self.head(steps) + self.head(steps[1:] + steps[:-1]).mean() + last.mean()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_long_sequence_is_traced_in_two_steps(kind, batch_first, monkeypatch):
+    """Whoever reads steps and states gets those of the shapes that the layer gives, at a cost that does not grow."""
+    model = States(kind).double().eval()
+    model.rnn.batch_first = batch_first
+    run, counts = FakeModel.run, []
+
+    def counted(fake, *modes):
+        out = run(fake, *modes)
+        counts.append(len(fake.made))
+        return out
+
+    monkeypatch.setattr(FakeModel, "run", counted)
+    for steps in (20, 200):
+        x = torch.randn(*((2, steps) if batch_first else (steps, 2)), 8, dtype=torch.float64)
+        slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+        oracles.full_width_is_the_original(model, slim, x)
+        oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
+    assert counts[: len(counts) // 2] == counts[len(counts) // 2 :]
+    assert slimmable.extract(slim, 0.5).rnn.hidden_size == 12
 
 
 @pytest.mark.parametrize("fused", [True, False])
