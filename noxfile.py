@@ -11,14 +11,14 @@ CORE = [f"tests/{room}" for room in ("layers", "convert", "losses", "training", 
 def test(session: nox.Session) -> None:
     """Run the tests, or those that are named."""
     session.install("-e", ".[test,integrations]")
-    session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def floor(session: nox.Session) -> None:
     """Run the core tests on the oldest torch that is supported."""
     session.install("-e", ".[cli,test-core]", "torch==2.6.0")
-    session.run("pytest", "-n", "2", *(session.posargs or CORE), env=ONE_THREAD)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *(session.posargs or CORE), env=ONE_THREAD)
 
 
 @nox.session

@@ -137,3 +137,11 @@ def test_cascades_are_measured_against_fixed_widths(tmp_path):
                                                           for of in ("macs", "accuracy"))}  # fmt: skip
     assert all(0 < float(row["share"]) <= 1.6 for row in rows)  # a cascade may run all four widths
     assert (tmp_path / "table.md").read_text().count("| cascade (") == 12
+
+
+def test_growth_has_a_row_for_each_size(tmp_path):
+    quick("growth", tmp_path)
+    rows = json.loads(next(tmp_path.glob("growth--*.json")).read_text())["rows"]
+    assert [row["size"] for row in rows] == [1, 2, 2, 8, 1, 4, 1, 16, 16, 256]
+    assert all(row["seconds"] > 0 and 1 <= row["parameters"] < 1.1 for row in rows)
+    assert sum("step" in row for row in rows) == 6
