@@ -185,8 +185,7 @@ class Context:
         if not able:
             self.pin(ids, f"is folded to constants {tuple(shape)}")
             return result
-        block = ids.reshape(shape)
-        carried = [np.moveaxis(block, axis, 0).reshape(shape[axis], -1) for axis in able]
+        carried = [np.moveaxis(ids.reshape(shape), axis, 0).reshape(shape[axis], -1) for axis in able]
         for axis, rows in zip(able, carried, strict=True):
             if self.labels.same(rows, np.broadcast_to(rows[:, :1], rows.shape)):
                 result[axis] = rows[:, 0]

@@ -253,8 +253,7 @@ class Group:
     """Units that several axes share; each width keeps the first ones.
 
     `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
-    `makers` are the modules whose weights make these units. Those of an `ordered` group, along which a convolution
-    runs, stay in order.
+    `makers` are the modules whose weights make these units. A convolution runs along those of an `ordered` group.
     """
 
     units: int

@@ -310,7 +310,7 @@ class Views(Dataset[list[Tensor]]):
         images = [self.images[number] for number in numbers]
         with torch.random.fork_rng(devices=[]):
             for key, image in zip(keys, images, strict=True):
-                torch.manual_seed(seed_of(self.seed, *key))
+                torch.default_generator.manual_seed(seed_of(self.seed, *key))  # `torch.manual_seed` takes .1 ms more
                 drawn.append([transform(image) for transform in self.transforms])
         views = zip(self.transforms, map(torch.stack, zip(*drawn, strict=True)), strict=True)
         seen = (each.of(torch.stack(images), view) if isinstance(each, Handwritten) else view for each, view in views)

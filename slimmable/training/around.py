@@ -174,12 +174,12 @@ class Calls:
         """Return what the model, or the last of several, returned that can learn; `logits` only; None without calls."""
         found = []
         for part, output in self._calls:
-            named = [(name.split(".")[-1], tensor) for name, tensor in named_tensors(output) if _learns(tensor)]
+            learn = [it for it in named_tensors(output) if it[1].requires_grad and it[1].is_floating_point()]
+            named = [(name.split(".")[-1], tensor) for name, tensor in learn if tensor.ndim >= 2]
             found.append((part, [tensor for name, tensor in named if name == "logits"] or [each for _, each in named]))
         self._calls.clear()
         inner = [call for call in found if call[1]]
-        outer = [call for call in inner if call[0] in self._outer]
-        calls = outer or inner or found
+        calls = [call for call in inner if call[0] in self._outer] or inner or found
         return [tensor for part, tensors in calls if part is calls[-1][0] for tensor in tensors] if calls else None
 
 
@@ -199,10 +199,6 @@ def _callable_parts(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
         return [part for child in model.children() for part in _callable_parts(child)]
     return [model]
-
-
-def _learns(tensor: Tensor) -> bool:
-    return tensor.requires_grad and tensor.is_floating_point() and tensor.ndim >= 2
 
 
 def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) -> dict[float, list[Tensor]]:

@@ -19,6 +19,7 @@ from slimmable._widths import number_or_nan
 from slimmable.errors import DataError, UsageError, WidthError
 from slimmable.losses import OnlineDistillation, slim_term, width_weights
 from slimmable.training import around
+from slimmable.view.state import READ
 
 LossWeights = str | Sequence[float] | Mapping[float, float]
 Loss: TypeAlias = "Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]"
@@ -323,12 +324,12 @@ class SlimRecipe:
             done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
             own = f"{', '.join(map(str, step.loss_weights))} ({done})"
             check_same_widths("SlimRecipe", own, next(self.model.parameters()).device)
-        self._step = step
-        self.losses, self.distillations = {}, {}
+        self._step, self.losses, self.distillations = step, {}, {}
         try:
             for width in step.loss_weights:
                 set_width(self.model, width)
                 step.width = width
+                READ.set({})
                 with torch.compiler.set_stance("force_eager") if width not in self.loss_weights else nullcontext():
                     yield width
                 if self._step is not step:  # this loop was left early, and another one has begun
@@ -338,6 +339,7 @@ class SlimRecipe:
         finally:
             if self._step is step:
                 self._step = None
+                READ.set(None)
                 set_width(self.model, 1.0)
 
 

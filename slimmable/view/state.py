@@ -4,6 +4,7 @@ import copy
 import operator
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +20,8 @@ from slimmable.view.recompute import Active, switched
 Counts: TypeAlias = tuple[int, ...]  # a sub-network, as the number of units that it keeps of each group of a plan
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _is_tracing = torch._C._is_tracing  # by torch.jit
+# the blocks of parameters that a width of a recipe's step has read; each gets one gradient, padded with zeros once
+READ: ContextVar[dict[tuple[Any, ...], Tensor] | None] = ContextVar("slimmable_read", default=None)
 
 
 # -- the part of a full tensor that a width keeps, and how to take it
@@ -91,9 +94,11 @@ def take(tensor: Tensor, cut: Cut) -> Tensor:
     if cut.block and (type(tensor) not in _PLAIN_TENSORS or is_compiling() or _is_tracing()):
         tensor = tensor[cut.block]  # which is all that those who record a program know
     elif cut.block:
-        strides = tensor.stride()
-        start = tensor.storage_offset() + sum(map(operator.mul, cut.starts, strides))
-        tensor = tensor.as_strided(cut.sizes, strides, start)
+        start = tensor.storage_offset() + sum(map(operator.mul, cut.starts, tensor.stride()))
+        block = tensor.as_strided(cut.sizes, tensor.stride(), start)
+        learns = torch.is_grad_enabled() and tensor.requires_grad and type(tensor) is nn.Parameter
+        read = READ.get() if learns else None
+        tensor = block if read is None else read.setdefault((id(tensor), block.data_ptr(), cut.sizes), block)
     for axis, picked in cut.picks:
         tensor = tensor.index_select(axis, picked.on(tensor.device))
     return tensor

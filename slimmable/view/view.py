@@ -236,8 +236,7 @@ class _Viewed(HasWidths):
 
 
 def _counter(function: Any) -> str | None:
-    module = getattr(getattr(function, "func", function), "__module__", None) or ""  # `func` of a partial
-    package = module.partition(".")[0]
+    package = (getattr(getattr(function, "func", function), "__module__", None) or "").partition(".")[0]  # or a partial
     return package if package in _COUNTERS else None
 
 

@@ -381,3 +381,60 @@ def test_draws_are_anew_in_each_step_and_the_same_for_the_same_seed():
 def test_sandwich_arguments_that_do_not_fit(model, options, says):
     with pytest.raises((UsageError, WidthError), match=says):
         SlimRecipe(model(), **options)
+
+
+def test_a_width_reads_each_block_once_within_its_part_of_the_step():
+    """Two views then share the block, whose gradient is padded with zeros once; all else reads anew."""
+    model = network()
+    recipe, layer = SlimRecipe(model), model[3]
+    for width in recipe.widths(1.0):
+        recipe.loss(torch.tensor(1.0))
+        if width < 1:
+            with torch.no_grad():
+                unlearnable = layer.weight
+            block = layer.weight
+            assert block is not unlearnable
+            assert layer.weight is block
+            assert layer.bias is layer._parameters["bias"]
+            with torch.no_grad():
+                assert layer.weight is not block
+            with at_width(model, 0.25 if width == 0.5 else 0.5):
+                assert layer.weight.shape != block.shape
+        narrow = layer.weight
+    assert layer.weight is not narrow
+    with at_width(model, 0.5):
+        assert layer.weight is not layer.weight
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "another parameter", "frozen"])
+def test_a_parameter_that_changes_within_a_width_is_read_as_it_is(change):
+    """As when the optimizer steps once per width, with several backward passes for each."""
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(5, 6, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    recipe, new = SlimRecipe(model, loss_weights="ones"), torch.randn(8, 16, dtype=torch.float64)
+
+    def alter(net):
+        weight = net[3]._parameters["weight"]
+        if change == "data":
+            weight.data = new.clone()
+        elif change == "in place":
+            with torch.no_grad():
+                weight.copy_(new)
+        elif change == "frozen":
+            weight.requires_grad_(False)
+        else:
+            net[3].weight = nn.Parameter(new.clone())
+
+    for width in recipe.widths(1.0):
+        recipe.loss(torch.tensor(1.0))
+        model(x).square().mean().backward()
+        alter(model)
+        model(x).square().mean().backward()
+        model(x).mean().backward()
+        with at_width(other, width):
+            other(x).square().mean().backward()
+            alter(other)
+            (other(x).square().mean() + other(x).mean()).backward()
+    for (name, parameter), plain in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, plain.grad, rtol=1e-10, atol=1e-12, msg=name)
