@@ -40,6 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "all defaults": {},
     "no magnitude order": {"importance": "none"},
     "no distillation": {"distill": "none"},
+    "distillation without labels": {"share": 1.0},  # as published (Yu and Huang 2019)
 }
 FIELDS = ("arm", "seed", "statistics", "width", "accuracy")
 
@@ -55,12 +56,14 @@ def half(images: Images, classes: range, most: int | None = None) -> Images:
     return replace(images, **chosen, classes=tuple(map(str, classes)))
 
 
-def train(images: Images, **settings: Any) -> Method:
-    """Train as the command does with these options, and return the method."""
+def train(images: Images, share: float | None = None, **settings: Any) -> Method:
+    """Train as the command does with these options, or with another share of distillation, and return the method."""
     config = configure({"method": "supervised", **settings})
     start = None if config.init is None else read_start(config, images.channels)
     method = new_method(config, images.channels, len(images.classes), start)
     training = Training(config, method, images, torch.device("cpu"))
+    if share is not None and training.recipe.distill is not None:
+        training.recipe.distill.weight = share
     while training.step < training.steps:
         training.take_step()
     return method.eval()

@@ -120,8 +120,8 @@ class BarlowTwins(_WithHead):
 class Supervised(Method):
     """Classification at every width, with in-place distillation (Yu and Huang, *Universally Slimmable Networks*, 2019).
 
-    With the method's own distillation, narrow widths see no labels, only the full width's class probabilities (section
-    3.2). For universal models, give the recipe `random_widths=2`, the sandwich rule.
+    With the method's own distillation, narrow widths learn from labels and from the full width's class probabilities;
+    section 3.2 leaves them no labels (`weight=1.0`). For universal models, give the recipe `random_widths=2`.
 
     Args:
         encoder: a converted `Encoder` whose projector is the classifier: images in, class scores out.
@@ -137,7 +137,7 @@ class Supervised(Method):
 
     views = 1
     two_passes = False
-    distillation = staticmethod(lambda: OnlineDistillation("kl", 1.0, 1.0, weight=1.0))
+    distillation = staticmethod(lambda: OnlineDistillation("kl", 1.0, 1.0))
 
     @checked
     def __init__(self, encoder: nn.Module, *, label_smoothing: float = 0.0) -> None:
