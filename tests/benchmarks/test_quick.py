@@ -112,11 +112,11 @@ def test_alternatives_are_measured(tmp_path):
 def test_fine_tuning_is_measured_and_goes_on_where_it_stopped(tmp_path):
     quick("fine_tune", tmp_path)
     rows = list(csv.DictReader((tmp_path / "accuracy.csv").open()))
-    assert len(rows) == 4 * 2 * 4  # arms, statistics, widths
+    assert len(rows) == 5 * 2 * 4  # arms, statistics, widths
     before = (tmp_path / "accuracy.csv").read_bytes()
     quick("fine_tune", tmp_path)
     assert (tmp_path / "accuracy.csv").read_bytes() == before
-    assert (tmp_path / "table.md").read_text().count("| 1 |") == 5  # the arms, and one without calibrated statistics
+    assert (tmp_path / "table.md").read_text().count("| 1 |") == 6  # the arms, and one without calibrated statistics
 
 
 def test_the_hub_benchmark_says_what_timm_loads(tmp_path):
