@@ -78,6 +78,11 @@ def compare(times: Times, baseline: Times) -> dict[str, float]:
     return {name: round(value, 4) for name, value in named.items()} | {"rounds": len(times.cpu)}
 
 
+def ratio_of(compared: Mapping[str, float]) -> str:
+    """Return the ratio of `compare`, or of `compare_wall`, with its interval."""
+    return f"{compared['ratio']:.3f} ({compared['low']:.3f} – {compared['high']:.3f})"
+
+
 def compare_wall(times: Times, baseline: Times) -> dict[str, float]:
     """Return the median of the ratios within each round by the clock on the wall, as counts where a GPU works."""
     named = {

@@ -75,8 +75,8 @@ def examine(name: str, folder: Path, with_times: bool) -> Row:
     path, singles = folder / "all.onnx", [folder / f"{width}.onnx" for width in WIDTHS]
     written = slimmable.export(slim, path)
     plain = slimmable.export(slim, singles[0], width=1.0)
-    for width, single in zip(WIDTHS[1:], singles[1:], strict=True):
-        if with_times:
+    if with_times:
+        for width, single in zip(WIDTHS[1:], singles[1:], strict=True):
             slimmable.export(slim, single, width=width)
     norms = sum(tensor.nbytes for key, tensor in slim.state_dict().items() if ".narrow." in key)
     row = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
+from benchmarks.measuring import compare, interleaved, markdown, origin, ratio_of, read_results, write_result
 
 HERE = Path(__file__).parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -134,7 +134,7 @@ def table(folder: Path) -> str:
             row["size"],
             f"{row['seconds']:.2f} s",
             f"{row['parameters']:.3f}",
-            f"{row['step']['ratio']:.2f} ({row['step']['low']:.2f}–{row['step']['high']:.2f})" if "step" in row else "",
+            ratio_of(row["step"]) if "step" in row else "",
         )
         for result in results
         for row in result["rows"]

@@ -32,6 +32,7 @@ from benchmarks.measuring import (
     median_cpu_ms,
     origin,
     peak_bytes,
+    ratio_of,
     read_results,
     reset_peak,
     write_result,
@@ -149,7 +150,7 @@ def table(folder: Path) -> str:
         lines.append((
             NAMES[result["name"]],
             f"{step['cpu_ms'] / 1000:.2f}",
-            f"{step['ratio']:.3f} ({step['low']:.3f} – {step['high']:.3f})",
+            ratio_of(step),
             f"{result['megabytes']['step'] / result['megabytes']['full step']:.2f}",
             *(ratios[f"forward {width}"] for width in WIDTHS),
             f"{result['made']:.1f}",

@@ -67,7 +67,7 @@ FASHION: dict[str, dict[str, Any]] = {
     "two stages": BARE | {"method": "supervised", "epochs": 40},  # by a teacher; one view a step, so as many views
     "labels": BARE | {"method": "supervised"},
 }
-OTHER_METHOD = tuple(arm for arm in FASHION if arm not in ("two stages", "labels"))
+BY_OTHERS = {arm: settings for arm, settings in FASHION.items() if "method" not in settings}  # by VICReg and BYOL
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
     "method": "mocov2",
@@ -115,9 +115,7 @@ class Trained:
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
     """Return the arms of a set of `SETS`: name -> settings."""
-    if data in ("digits", "glyphs"):
-        return ARMS
-    return FASHION if data == "fashion" else {arm: FASHION[arm] for arm in OTHER_METHOD}
+    return {"digits": ARMS, "glyphs": ARMS, "fashion": FASHION}.get(data, BY_OTHERS)
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
@@ -239,11 +237,11 @@ def run(
     if arm not in ("alone", "two stages"):
         yield from rows(judged(*pretrain(config, PLANES, images, known)), arm, seed)
         return
-    teacher: nn.Module | None = None
+    alone, teacher = configuration(data, "alone", seed, **more), None
     for width in WIDTHS:
         planes = tuple(round(width * each) for each in PLANES)
-        first = config if teacher is not None else configuration(data, "alone", seed, **more)
-        one = replace(first, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
+        settings = alone if teacher is None else config
+        one = replace(settings, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
         found = pretrain(one, planes, images, known, teacher)
         yield from rows(judged(*found), arm, seed, width)
         if arm == "two stages" and teacher is None:  # the full network, trained by itself, teaches the narrow ones

@@ -103,7 +103,7 @@ def page(data: str, rows: Sequence[Row], source: str) -> str:
     for column, name in PROBES.items():
         parts += [f"Accuracy in %, {name}:", "", accuracies(rows, slim, column), ""]
         parts += [differences(rows, [arm for arm in slim if arm != "alone"], column, "alone"), ""]
-    parts += [probes(rows, "ours" if data == "fashion" else "all"), ""]
+    parts += [probes(rows, "all" if "all" in arms_of(data) else "ours"), ""]
     parts += ["Cost of the training:", "", costs(rows, slim), ""]
     parts += [gradients(rows, [arm for arm in arms if arm != "alone"]), "", source, ""]
     return "\n".join(parts)

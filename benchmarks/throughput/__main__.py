@@ -24,7 +24,16 @@ import torch
 from lightly.loss import NTXentLoss
 
 import slimmable
-from benchmarks.measuring import compare, interleaved, markdown, median_cpu_ms, origin, read_results, write_result
+from benchmarks.measuring import (
+    compare,
+    interleaved,
+    markdown,
+    median_cpu_ms,
+    origin,
+    ratio_of,
+    read_results,
+    write_result,
+)
 from slimmable._small_resnet import small_resnet
 from slimmable.cli import data, pretrain, run
 from slimmable.cli.config import PretrainConfig, configure
@@ -132,10 +141,7 @@ def whole_run(**options: Any) -> list[dict[str, Any]]:
 def table(folder: Path) -> str:
     """Return the results of a folder as Markdown."""
     results = {result["name"]: result for result in read_results(folder)}
-    loops = [
-        (row["loop"], row["images_per_second"], f"{row['ratio']:.3f} ({row['low']:.3f} – {row['high']:.3f})")
-        for row in results["steps"]["rows"]
-    ]
+    loops = [(row["loop"], row["images_per_second"], ratio_of(row)) for row in results["steps"]["rows"]]
     parts = [(row["part"], f"{row['seconds']:.1f}", f"{row['share']:.1%}") for row in results["run"]["rows"]]
     first = markdown(("loop", "images per second", "time, of the plain loop's"), loops)
     return f"{first}\n{markdown(('part', 'processor seconds', 'share'), parts)}\n{origin(results['run'])}\n"

@@ -253,7 +253,7 @@ class Group:
     """Units that several axes share; each width keeps the first ones.
 
     `members[axis]` holds, for each position on that axis, the number of its unit, or -1 if that is in another group.
-    `makers` are the modules whose weights make these units. A convolution runs along those of an `ordered` group.
+    `makers` are the modules that make them. An `ordered` group, along which a convolution runs, keeps its order.
     """
 
     units: int

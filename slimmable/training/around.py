@@ -174,8 +174,8 @@ class Calls:
         """Return what the model, or the last of several, returned that can learn; `logits` only; None without calls."""
         found = []
         for part, output in self._calls:
-            learn = [it for it in named_tensors(output) if it[1].requires_grad and it[1].is_floating_point()]
-            named = [(name.split(".")[-1], tensor) for name, tensor in learn if tensor.ndim >= 2]
+            learn = [(name, each) for name, each in named_tensors(output) if each.requires_grad and each.ndim >= 2]
+            named = [(name.split(".")[-1], each) for name, each in learn if each.is_floating_point()]
             found.append((part, [tensor for name, tensor in named if name == "logits"] or [each for _, each in named]))
         self._calls.clear()
         inner = [call for call in found if call[1]]

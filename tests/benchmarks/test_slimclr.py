@@ -44,6 +44,19 @@ def test_all_arms_of_a_seed_see_the_same_views():
         torch.testing.assert_close(kept, drawn, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
+def test_an_arm_with_more_views_draws_what_an_arm_with_fewer_has_not():
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    transform = [lambda image: image.float() / 255 * torch.rand(())]
+    one, two = (Views(images, torch.arange(4), transform * count, seed=0) for count in (1, 2))
+    known = {}
+    first, _ = Kept(one, known).__getitems__([(0, 1)])
+    same, other, _ = Kept(two, known).__getitems__([(0, 1)])
+    again, _ = Kept(one, known).__getitems__([(0, 1)])
+    assert torch.equal(first, same)
+    assert torch.equal(first, again)
+    assert not torch.equal(same, other)
+
+
 def test_few_labels_are_as_many_of_each_class():
     labels = torch.arange(200) % 7
     chosen = few_of_each(labels, 10, seed=1)
