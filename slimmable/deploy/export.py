@@ -63,8 +63,7 @@ def export(
         example_inputs: as for `slimify`; timm models need none. The inputs of a program have the names of the forward's
             parameters, a single one with four axes is `images`; a single output is `output`.
         calibration: batches as for `calibrate_bn`, a few hundred images: a `.onnx` file then computes in int8, within a
-            quarter of the largest output on the first batch, or none is written. Each width has weights of its own. The
-            first batch also takes the place of `example_inputs`.
+            quarter of the largest output on the first batch, which also serves as `example_inputs`, or none is written.
         arguments: as for `save`; only a `.safetensors` file needs them.
 
     Raises: UsageError: if the suffix is another one, or both `width` and `widths` are given. DataError: if
@@ -127,7 +126,9 @@ def export(
                 program = programs.save_pt2(traced[0], aside)
             else:
                 single = width is not None  # cuts of shared weights must not be folded
-                make = partial(onnx.quantized, batches=batches) if batches else partial(onnx.to_onnx, optimize=single)
+                make = partial(onnx.to_onnx, optimize=single)
+                if batches:
+                    make = partial(onnx.quantized, batches=batches, known={})  # the widest comes first
                 written = [make(each, names) for each in traced]
                 if single:
                     program = onnx.save_onnx(written[0], aside)

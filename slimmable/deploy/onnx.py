@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -55,11 +56,14 @@ def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool
                 return torch.onnx.export(program.run_decompositions(), (), **settings)
 
 
-def quantized(program: ExportedProgram, names: Names, batches: Sequence[Arguments]) -> Any:
+def quantized(program: ExportedProgram, names: Names, batches: Sequence[Arguments], known: dict[str, Any]) -> Any:
     """Return `program` in int8, as torch's `ONNXProgram`; the ranges of its activations are those on `batches`.
 
     Products of two activations, as in attention, stay in float. So does all but the layers where these are mostly
     matrix products: the residual stream, the norms and the softmax of a transformer lose most in int8.
+
+    `known` gets the weights by name: in float, with the axis of the channels, and in int8. Weights that are a part of
+    those of a wider program, but for the scales of the channels, are cut out of its integers.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
     tool = require("onnxruntime.quantization", "onnxruntime", extra="onnx")
@@ -75,14 +79,58 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
         inputs = [value.name for value in graph.inputs]
         feeds = (dict(zip(inputs, (each.numpy() for each in tensors(batch)), strict=True)) for batch in batches)
         reader = type("Reader", (tool.CalibrationDataReader,), {"get_next": lambda _: next(feeds, None)})()
-        kinds = _LAYERS + (_BETWEEN if mostly else ())
-        tool.quantize_static(
-            ready, done, reader, per_channel=True, op_types_to_quantize=kinds, nodes_to_exclude=products
-        )
+        settings = {"op_types_to_quantize": _LAYERS + (_BETWEEN if mostly else ()), "nodes_to_exclude": products}
+        weights = {name: value.const_value.numpy().copy() for name, value in graph.initializers.items()}
+        parts = {name: part for name in known if name in weights and (part := _part(weights[name], *known[name][:2]))}
+        ranges = {"TensorQuantOverrides": {name: each for name, (_, each) in parts.items()}}
+        tool.quantize_static(ready, done, reader, per_channel=True, extra_options=ranges, **settings)
         written.model = ir.load(done)
-        for value in written.model.graph.initializers.values():  # in memory: the file goes
+        stored = written.model.graph.initializers
+        for value in stored.values():  # in memory: the file goes
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    for name in weights:
+        value = stored.get(f"{name}_quantized")
+        if value is None or value.dtype != ir.DataType.INT8:  # not quantized, or a bias
+            continue
+        own, users = value.const_value.numpy(), [*value.uses()]
+        *_, whole = known.setdefault(name, (weights[name], users[0][0].attributes["axis"].as_int(), own))
+        places, _ = parts.get(name, ([], []))
+        if places and np.abs(whole[np.ix_(*places)] - own.astype(int)).max() <= 1:  # by rounding
+            value.const_value = ir.tensor(whole, name=value.name)
+            for axis, place in enumerate(places):
+                at = ir.node("Constant", [], {"value_ints": place})
+                cut = ir.node("Gather", [value, *at.outputs], {"axis": axis})
+                written.model.graph.insert_before(users[0][0], [at, cut])
+                (value,) = cut.outputs
+            for user, position in users:
+                user.replace_input_with(position, value)
     return written
+
+
+def _part(weights: Any, whole: Any, axis: int) -> tuple[list[list[int]], list[dict[str, Any]]] | None:
+    """Return where `weights` stand on the first two axes of `whole`, and the ranges that their channels have there.
+
+    The channels, along `axis`, are the first ones of equal blocks, each times a positive factor; the inputs are any.
+    """
+    if weights.ndim != whole.ndim or np.greater(weights.shape, whole.shape).any():
+        return None
+    wide, own = (np.moveaxis(each, axis, 0) for each in (whole, weights))
+    wide, own = (each.reshape(*each.shape[:2], -1) for each in (wide, own))
+    size, count, bound = len(wide), len(own), 1e-5 * np.abs(own).max()
+    for blocks in (n for n in range(1, count + 1) if size % n == count % n == 0):
+        rows = np.arange(size).reshape(blocks, -1)[:, : count // blocks].ravel().tolist()
+        columns, first, square = list[int](), wide[rows, 0], np.square(wide[rows, 0]).sum(1)
+        factors = np.divide((first * own[:, 0]).sum(1), square, out=np.ones_like(square), where=square > 0)
+        scaled = wide[rows] * factors[:, None, None]
+        for column in range(wide.shape[1]):
+            at = len(columns)
+            if at < own.shape[1] and np.abs(scaled[:, column] - own[:, at]).max() <= bound:
+                columns.append(column)
+        if len(columns) == own.shape[1] and factors.min() > 0:
+            tops = np.abs(wide[rows]).max((1, 2)) * factors
+            places = [columns, rows] if axis else [rows, columns]
+            return places, [{"axis": axis, "rmin": -top, "rmax": top} for top in tops]
+    return None
 
 
 def load_onnx(path: Path) -> Program:

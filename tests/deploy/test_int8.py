@@ -1,4 +1,6 @@
-"""ONNX files in int8: each width of the joined file is that of a file of its own, and near the model in float."""
+"""ONNX files in int8: each width of the joined file is that of a file of its own, near the model in float, and all
+widths share the integers of the full one.
+"""
 
 from pathlib import Path
 
@@ -6,9 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import slimmable
+from slimmable.deploy.onnx import _part
 from slimmable.errors import DataError, SlimmableError, UsageError
 from tests.convert import oracles
 
@@ -56,6 +60,69 @@ def test_each_width_is_that_of_its_own_file(make, tmp_path):
     slimmable.export(slim, tmp_path / "float.onnx", example_inputs=x)
     if make is not mlp:
         assert (tmp_path / "all.onnx").stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
+
+
+class Concatenated(nn.Module):
+    """A convolution of what two others give, and one in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(3, 24, 3)
+        self.norm, self.last = nn.BatchNorm2d(40), nn.Conv2d(40, 32, 1)
+        self.groups, self.head = nn.Conv2d(32, 64, 3, groups=4), nn.Linear(64, 10)
+
+    def forward(self, x):
+        both = self.norm(torch.cat([self.left(x), self.right(x)], 1)).relu()
+        return self.head(self.groups(self.last(both).relu()).relu().mean((2, 3)))
+
+
+def integers(path):
+    """Return how many weights a file holds in int8."""
+    stored = pytest.importorskip("onnx").load(path).graph.initializer
+    return sum(int(np.prod(each.dims)) for each in stored if each.data_type == 3 and len(each.dims) > 1)
+
+
+@pytest.mark.parametrize("make", [mlp, resnet, vit, lambda: (Concatenated(), (3, 16, 16))])
+def test_all_widths_share_their_integers(make, tmp_path):
+    pytest.importorskip("onnxruntime")
+    slim, batches = made(make)
+    slimmable.export(slim, tmp_path / "all.onnx", calibration=batches)
+    slimmable.export(slim, tmp_path / "full.onnx", width=1.0, calibration=batches)
+    assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") > 0
+
+
+def test_a_width_whose_norm_turns_a_channel_has_integers_of_its_own(tmp_path):
+    pytest.importorskip("onnxruntime")
+    slim, batches = made(resnet)
+    with torch.no_grad():
+        slim.conv1[1].narrow[0].weight[3] *= -1
+    slimmable.export(slim, tmp_path / "all.onnx", calibration=batches)
+    slimmable.export(slim, tmp_path / "full.onnx", width=1.0, calibration=batches)
+    assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") + 8 * 27
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(1, 6), st.data())
+def test_a_part_of_weights_is_found(axis, blocks, kept, cut, inputs, data):
+    """Its channels are the first of equal blocks, its inputs any, as after a concatenation."""
+    rows = (np.arange(blocks * (kept + cut)).reshape(blocks, -1)[:, :kept]).ravel()
+    columns = sorted({0} | data.draw(st.sets(st.integers(0, inputs - 1))))
+    random = np.random.default_rng(data.draw(st.integers(0, 9)))
+    whole = random.normal(size=(blocks * (kept + cut), inputs, 3, 3)).astype(np.float32)
+    factors = random.uniform(0.1, 10, size=len(rows)).astype(np.float32)
+    part = whole[np.ix_(rows, columns)] * factors[:, None, None, None]
+    tops = np.abs(whole[rows]).max((1, 2, 3)) * factors
+    places = [[*rows], columns]
+    if axis:
+        whole, part, places = whole.swapaxes(0, 1), part.swapaxes(0, 1), places[::-1]
+    found, ranges = _part(part, whole, axis)
+    assert found == places
+    assert {each["axis"] for each in ranges} == {axis}
+    np.testing.assert_allclose([each["rmax"] for each in ranges], tops, rtol=1e-5)
+    np.testing.assert_array_equal([each["rmin"] for each in ranges], [-each["rmax"] for each in ranges])
+    assert _part(-part, whole, axis) is None
+    assert _part(part[:, :1, 0, 0], whole, axis) is None  # of other axes
+    assert _part(whole, part, axis) is None or whole.shape == part.shape  # a larger one
 
 
 @pytest.mark.parametrize(
