@@ -122,16 +122,18 @@ class Context:
             for ids in getattr(tensor, "slim_numbered", ()):
                 self.pin(ids, "a unit's number is used")
 
-    def merge(self, first: Ids | None, second: Ids | None, why: str = "") -> Ids | None:
-        """Join two axes that must shrink together; pin one if the other has no labels. Return the labels of both."""
-        if first is not None and second is not None:
-            self.labels.merge(first, second)
-        else:
-            self.pin(first if second is None else second, why or "meets an axis that does not shrink")
-        return first if first is not None else second
+    def merge(self, *axes: Ids | None, why: str = "meets an axis that does not shrink") -> Ids | None:
+        """Join axes that must shrink together; pin them if one has no labels. Return the labels of all."""
+        labelled = [ids for ids in axes if ids is not None]
+        joined = labelled[0] if labelled else None
+        for ids in labelled[1:]:
+            self.labels.merge(labelled[0], ids)
+        if len(labelled) < len(axes):
+            self.pin(joined, why)
+        return joined
 
     def consume(self, ids: Ids | None, other: Ids | None) -> None:
-        joined = self.merge(ids, other, "reads an axis that does not shrink")
+        joined = self.merge(ids, other, why="reads an axis that does not shrink")
         if joined is not None:
             self.consumed.append(joined)
             self.reads.append((self.module, joined))
@@ -278,9 +280,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         for axis in range(1, result.ndim + 1):
             aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]
             labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
-            ids = labels[0] if labels else None
-            for other in labels[1:]:
-                ids = ctx.merge(ids, other)
+            ids = ctx.merge(*labels)
             if ids is not None and ctx.operation not in ("mul", "div"):
                 made = [own for t, own in zip(aligned, labels, strict=True) if own is not None and ctx.is_features(t)]
                 if len(made) > 1:
@@ -461,8 +461,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Channels are (groups, n): whole groups go if every width keeps a whole number of them, else units of each."""
     source, groups = args[0], int(args[6])
     axes = ctx.axes(source)
-    for tensor in tensors(args[1:3]):
-        axes[1] = ctx.merge(axes[1], ctx.axes(tensor)[0])
+    axes[1] = ctx.merge(axes[1], *(ctx.axes(tensor)[0] for tensor in tensors(args[1:3])))
     if axes[1] is not None and groups > 1:
         given = ctx.call.argument(1, "num_groups")
         shape = (groups, len(axes[1]) // groups)
@@ -482,7 +481,7 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         alike = query.shape[i] == key.shape[i] == value.shape[i]
         for ids in () if alike else (q[i], k[i], v[i]):  # grouped queries
             ctx.pin(ids, "queries and keys have different numbers of heads")
-        batch.append(ctx.merge(ctx.merge(q[i], k[i]), v[i]) if alike else None)
+        batch.append(ctx.merge(q[i], k[i], v[i]) if alike else None)
     ctx.contract(query, q[-1], key, k[-1])
     ctx.merge(k[-2], v[-2])
     if args[5] if len(args) > 5 else kwargs.get("is_causal"):
@@ -593,9 +592,7 @@ def join(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     dim = _dim(ctx, args, kwargs, out.ndim)
     rows = [ctx.axes(piece) for piece in pieces]
     along = [] if stacked else [row.pop(dim) for row in rows]
-    axes = rows[0]
-    for row in rows[1:]:
-        axes = [ctx.merge(first, second) for first, second in zip(axes, row, strict=True)]
+    axes = [ctx.merge(*each) for each in zip(*rows, strict=True)]
     axes.insert(dim, None)
     if any(ids is not None for ids in along):
         for i, piece in enumerate(pieces):
@@ -617,10 +614,10 @@ def split(ctx: Context, args: Args, kwargs: Kwargs, out: Sequence[Tensor]) -> No
         cuts = np.split(ids, np.cumsum([piece.shape[dim] for piece in out])[:-1])
         pieces = list(cuts)
         alike = len(set(map(len, cuts))) == 1
-        if not alike:
+        if alike:
+            ctx.merge(*cuts)
+        else:
             ctx.labels.roles.extend(cuts)
-        for other in cuts[1:] if alike else ():
-            ctx.labels.merge(cuts[0], other)
         if ctx.call.name.removeprefix("unsafe_") in ("split", "split_with_sizes"):
             given = ctx.call.args[1] if len(ctx.call.args) > 1 else next(iter(ctx.call.kwargs.values()))
             sizes = list(given) if isinstance(given, (list, tuple)) else [given] * len(out)
@@ -640,8 +637,7 @@ def glu(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """The second half of an axis gates the first."""
     axes, dim = ctx.axes(args[0]), _dim(ctx, args, kwargs, out.ndim)
     if (ids := axes[dim]) is not None:
-        first, second = np.split(ids, 2)
-        axes[dim] = ctx.merge(first, second)
+        axes[dim] = ctx.merge(*np.split(ids, 2))
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
