@@ -443,10 +443,8 @@ def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: in
         ctx.labels.merge_rows(block.T)
         if each_in == 1:
             ctx.pin(x, "every group reads one unit")
-        elif transposed:
-            ctx.consume(x, x)
         else:
-            ctx.consume(block[0], inner_each)
+            ctx.consume(block[0], block[0] if transposed else inner_each)
     else:
         ctx.consume(None, inner_each)
     if outer is not None:
