@@ -548,11 +548,9 @@ def permute(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     axes = ctx.axes(args[0])
     if ctx.operation == "permute":
         axes = [axes[dim] for dim in args[1]]
-    elif ctx.operation == "transpose" and axes:
-        a, b = args[1:3]
+    elif axes:
+        a, b = args[1:3] or (0, -1)
         axes[a], axes[b] = axes[b], axes[a]
-    else:
-        axes.reverse()
     ctx.label(out, axes, ctx.origin(args[0]))
 
 
