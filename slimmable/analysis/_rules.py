@@ -702,23 +702,17 @@ def pick_by_index(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None
 @rule_of("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "channel_shuffle", "native_channel_shuffle")
 def blocks_of_channels(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """Turn each input channel into a block of output channels, or the reverse, or shuffle them."""
-    axes = ctx.axes(args[0])
-    shuffled = "channel_shuffle" in ctx.operation
+    axes, shuffled = ctx.axes(args[0]), "channel_shuffle" in ctx.operation
     channel = 1 if shuffled else len(axes) - (2 if ctx.operation == "col2im" else 3)
-    new = ids = axes[channel]
-    rest, after = axes[channel + 1 :], int(out.shape[channel])
+    ids, rest, after = axes[channel], axes[channel + 1 :], int(out.shape[channel])
     if not shuffled:
         for space in rest:
             ctx.pin(space, "is cut into blocks")
         rest = [None] * (out.ndim - channel - 1)
-    if ids is not None and shuffled:  # (groups, n) -> (n, groups)
-        block = ids.reshape(args[1], -1).T
-        ctx.labels.merge_rows(block)
-        new = block.reshape(-1)
-    elif ids is not None and after >= len(ids):
-        new = spread(ids, 1, after // len(ids))
+    if ids is not None and after > len(ids):
+        ids = spread(ids, 1, after // len(ids))
     elif ids is not None:
-        block = ids.reshape(after, -1)
+        block = ids.reshape(args[1], -1).T if shuffled else ids.reshape(after, -1)  # (groups, n) -> (n, groups)
         ctx.labels.merge_rows(block)
-        new = block[:, 0]
-    ctx.label(out, [*axes[:channel], new, *rest], ctx.origin(args[0]))
+        ids = block.reshape(-1) if shuffled else block[:, 0]
+    ctx.label(out, [*axes[:channel], ids, *rest], ctx.origin(args[0]))
