@@ -1,6 +1,6 @@
 """Importance of units: rank those of each channel group, and permute them while the network computes the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,9 +23,7 @@ def order_units(model: nn.Module, plan: Plan, importance: str | Importance) -> l
     with explained(f"importance {importance!r:.80} fails", kind=ConversionError), torch.enable_grad():
         scores = importance(model, plan) if callable(importance) else magnitude(model, plan)
         found = [np.asarray(torch.as_tensor(each).detach().cpu(), float) for each in scores]
-    need, shapes = (
-        [str(shape) for shape in each] for each in ([(g.units,) for g in plan.groups], map(np.shape, found))
-    )
+    need, shapes = [str((group.units,)) for group in plan.groups], [str(each.shape) for each in found]
     if need != shapes or not all(np.isfinite(each).all() for each in found):
         what = f"a finite score for each unit of plan.groups, of shapes {listed(need, most=6)}"
         raise ConversionError(f"importance {importance!r:.80} must return {what}; got {listed(shapes, most=6)}")
@@ -33,15 +31,14 @@ def order_units(model: nn.Module, plan: Plan, importance: str | Importance) -> l
     return [np.arange(len(own)) if group.ordered else np.argsort(-own, kind="stable") for group, own in pairs]
 
 
-def magnitude(model: nn.Module, plan: Plan) -> list[NDArray[Any]]:
-    """Return for each group how much its units weigh: the L1 norm of the weights that read them.
+def magnitude(model: nn.Module, plan: Plan) -> Iterator[NDArray[Any]]:
+    """Yield for each group how much its units weigh: the L1 norm of the weights that read them.
 
     Weights that make a unit do not count, since a normalization cancels their size. If no convolution or linear layer
     reads a group, all its weights with more than one axis count.
 
     Source: Cai et al., Once-for-All, ICLR 2020, section 3.3, and its code. Measured in `benchmarks/importance`.
     """
-    scores = []
     for group in plan.groups:
         read, total = np.zeros(group.units), np.zeros(group.units)
         for (path, name, axis), units in group.members.items():
@@ -53,8 +50,7 @@ def magnitude(model: nn.Module, plan: Plan) -> list[NDArray[Any]]:
                 np.add.at(total, units[units >= 0], size)
                 if axis in (sizes.get("in_features"), sizes.get("in_channels")):
                     np.add.at(read, units[units >= 0], size)
-        scores.append(read if read.any() else total)
-    return scores
+        yield read if read.any() else total
 
 
 def permute(model: nn.Module, plan: Plan, orders: Sequence[Order]) -> None:
