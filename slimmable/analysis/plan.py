@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -476,23 +476,20 @@ class Plan:
         return tuple(map(self.kept, self.channels.units, at))
 
 
-def _groups(plan: Plan) -> list[list[Any]]:
-    """Return, below a header, the number of each group, its units, those kept, and its first axes."""
-    rows: list[list[Any]] = [["group", "units", f"kept at {', '.join(map(str, plan.widths))}", "axes"]]
+def _groups(plan: Plan) -> Iterator[list[Any]]:
+    """Yield, below a header, the number of each group, its units, those kept, and its first axes."""
+    yield ["group", "units", f"kept at {', '.join(map(str, plan.widths))}", "axes"]
     for number, group in enumerate(plan.groups):
         axes = listed([*map(_axis, group.members)], most=3)
-        rows.append([number, group.units, ", ".join(map(str, group.kept)), axes])
-    return rows
+        yield [number, group.units, ", ".join(map(str, group.kept)), axes]
 
 
-def _outputs(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """Return the name of each output, its full shape and that at the narrowest width, "slim" or "full", and why."""
-    rows = []
+def _outputs(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the name of each output, its full shape and that at the narrowest width, "slim" or "full", and why."""
     for output, narrow in zip(plan.channels.outputs, plan.columns[-1].output_shapes, strict=True):
         slim = narrow != output.shape
         shapes = f"{output.shape}, {narrow} at {plan.widths[-1]}" if slim else str(output.shape)
-        rows.append((output.name, shapes, "slim" if slim else "full", output.why))
-    return rows
+        yield output.name, shapes, "slim" if slim else "full", output.why
 
 
 def _axis(axis: AxisName) -> str:
