@@ -62,8 +62,8 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
     Products of two activations, as in attention, stay in float. So does all but the layers where these are mostly
     matrix products: the residual stream, the norms and the softmax of a transformer lose most in int8.
 
-    `known` gets the weights by name: in float, with the axis of the channels, and in int8. Weights that are a part of
-    those of a wider program, but for the scales of the channels, are cut out of its integers.
+    `known` gets the weights by name: in float, the axis and the scales of their channels, and in int8. Weights that are
+    a part of those of a wider program, but for a factor of each channel, are cut out of its integers.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
     tool = require("onnxruntime.quantization", "onnxruntime", extra="onnx")
@@ -81,9 +81,9 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
         reader = type("Reader", (tool.CalibrationDataReader,), {"get_next": lambda _: next(feeds, None)})()
         settings = {"op_types_to_quantize": _LAYERS + (_BETWEEN if mostly else ()), "nodes_to_exclude": products}
         weights = {name: value.const_value.numpy().copy() for name, value in graph.initializers.items()}
-        parts = {name: part for name in known if name in weights and (part := _part(weights[name], *known[name][:2]))}
-        ranges = {"TensorQuantOverrides": {name: each for name, (_, each) in parts.items()}}
-        tool.quantize_static(ready, done, reader, per_channel=True, extra_options=ranges, **settings)
+        parts = {name: part for name in known if name in weights and (part := _part(weights[name], *known[name][:3]))}
+        scales = {"TensorQuantOverrides": {name: each for name, (_, each) in parts.items()}}
+        tool.quantize_static(ready, done, reader, per_channel=True, extra_options=scales, **settings)
         written.model = ir.load(done)
         stored = written.model.graph.initializers
         for value in stored.values():  # in memory: the file goes
@@ -93,7 +93,8 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
         if value is None or value.dtype != ir.DataType.INT8:  # not quantized, or a bias
             continue
         own, users = value.const_value.numpy(), [*value.uses()]
-        *_, whole = known.setdefault(name, (weights[name], users[0][0].attributes["axis"].as_int(), own))
+        axis, scales = users[0][0].attributes["axis"].as_int(), users[0][0].inputs[1].const_value.numpy()
+        *_, whole = known.setdefault(name, (weights[name], axis, scales, own))
         places, _ = parts.get(name, ([], []))
         if places and np.abs(whole[np.ix_(*places)] - own.astype(int)).max() <= 1:  # by rounding
             value.const_value = ir.tensor(whole, name=value.name)
@@ -107,10 +108,10 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
     return written
 
 
-def _part(weights: Any, whole: Any, axis: int) -> tuple[list[list[int]], list[dict[str, Any]]] | None:
-    """Return where `weights` stand on the first two axes of `whole`, and the ranges that their channels have there.
+def _part(weights: Any, whole: Any, axis: int, scales: Any) -> tuple[list[list[int]], list[dict[str, Any]]] | None:
+    """Return where `weights` stand on the first two axes of `whole`, and their scales if the integers are the same.
 
-    The channels, along `axis`, are the first ones of equal blocks, each times a positive factor; the inputs are any.
+    The channels, along `axis`, are the first ones of equal blocks, each times a factor; the inputs are any.
     """
     if weights.ndim != whole.ndim or np.greater(weights.shape, whole.shape).any():
         return None
@@ -126,10 +127,9 @@ def _part(weights: Any, whole: Any, axis: int) -> tuple[list[list[int]], list[di
             at = len(columns)
             if at < own.shape[1] and np.abs(scaled[:, column] - own[:, at]).max() <= bound:
                 columns.append(column)
-        if len(columns) == own.shape[1] and factors.min() > 0:
-            tops = np.abs(wide[rows]).max((1, 2)) * factors
+        if len(columns) == own.shape[1] and factors.all():
             places = [columns, rows] if axis else [rows, columns]
-            return places, [{"axis": axis, "rmin": -top, "rmax": top} for top in tops]
+            return places, [{"axis": axis, "scale": each, "zero_point": 0} for each in scales[rows] * factors]
     return None
 
 

@@ -91,14 +91,20 @@ def test_all_widths_share_their_integers(make, tmp_path):
     assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") > 0
 
 
-def test_a_width_whose_norm_turns_a_channel_has_integers_of_its_own(tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize(("factor", "more"), [(-1, 0), (0, 8 * 27)])
+def test_a_norm_may_turn_a_channel_but_not_end_it(factor, more, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
     slim, batches = made(resnet)
     with torch.no_grad():
-        slim.conv1[1].narrow[0].weight[3] *= -1
+        slim.conv1[1].narrow[0].weight[3] *= factor
     slimmable.export(slim, tmp_path / "all.onnx", calibration=batches)
     slimmable.export(slim, tmp_path / "full.onnx", width=1.0, calibration=batches)
-    assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") + 8 * 27
+    assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") + more
+    feed = {"images": batches[0][0].numpy(), "width": np.array(1)}
+    (found,) = runtime.InferenceSession(tmp_path / "all.onnx").run(None, feed)
+    with torch.no_grad(), slimmable.at_width(slim, 0.5):
+        expected = slim(batches[0][0]).numpy()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
 @settings(deadline=None)
@@ -109,20 +115,19 @@ def test_a_part_of_weights_is_found(axis, blocks, kept, cut, inputs, data):
     columns = sorted({0} | data.draw(st.sets(st.integers(0, inputs - 1))))
     random = np.random.default_rng(data.draw(st.integers(0, 9)))
     whole = random.normal(size=(blocks * (kept + cut), inputs, 3, 3)).astype(np.float32)
-    factors = random.uniform(0.1, 10, size=len(rows)).astype(np.float32)
+    factors = (random.uniform(0.1, 10, size=len(rows)) * random.choice([-1, 1], len(rows))).astype(np.float32)
+    scales = random.uniform(size=len(whole)).astype(np.float32)
     part = whole[np.ix_(rows, columns)] * factors[:, None, None, None]
-    tops = np.abs(whole[rows]).max((1, 2, 3)) * factors
     places = [[*rows], columns]
     if axis:
         whole, part, places = whole.swapaxes(0, 1), part.swapaxes(0, 1), places[::-1]
-    found, ranges = _part(part, whole, axis)
+    found, own = _part(part, whole, axis, scales)
     assert found == places
-    assert {each["axis"] for each in ranges} == {axis}
-    np.testing.assert_allclose([each["rmax"] for each in ranges], tops, rtol=1e-5)
-    np.testing.assert_array_equal([each["rmin"] for each in ranges], [-each["rmax"] for each in ranges])
-    assert _part(-part, whole, axis) is None
-    assert _part(part[:, :1, 0, 0], whole, axis) is None  # of other axes
-    assert _part(whole, part, axis) is None or whole.shape == part.shape  # a larger one
+    assert {(each["axis"], each["zero_point"]) for each in own} == {(axis, 0)}
+    np.testing.assert_allclose([each["scale"] for each in own], scales[rows] * factors, rtol=1e-5)
+    assert _part(part[:, :1, 0, 0], whole, axis, scales) is None  # of other axes
+    assert _part(whole, part, axis, scales) is None or whole.shape == part.shape  # a larger one
+    assert _part(np.abs(part) + 1, whole, axis, scales) is None  # others
 
 
 @pytest.mark.parametrize(
