@@ -58,10 +58,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
     if not isinstance(widths, (Iterable, type(None))) or isinstance(widths, Mapping):
         raise UsageError(f"calibrate_bn: widths must be a list of them, got {widths!r}")
     chosen = widths_of(model) if widths is None else tuple(widths)
-    with registered(model, chosen):
-        if chosen:
-            with at_width(model, chosen[0]):
-                collect(model, loader, chosen, model.modules())
+    with registered(model, chosen), at_width(model, 1.0):
+        collect(model, loader, chosen, model.modules())
 
 
 @checked
@@ -81,7 +79,7 @@ def collect(
 ) -> None:
     """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
+    if not norms or not widths:
         return
     new: list[Any] = [(n._buffers, name, it.clone()) for n in norms for name, it in n.named_buffers(recurse=False)]
     if not torch.is_inference_mode_enabled() and any(own[name].is_inference() for own, name, _ in new):
@@ -108,9 +106,8 @@ def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput], bar: 
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
         raise UsageError(f"{where}: loader must hold batches, as [images] does, got {type(loader).__name__}")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    empty = True
+    batch: Any = None
     for batch in tqdm(loader, where, leave=False, disable=None if bar else True):
-        empty = False
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(first, (Tensor, Inputs)):
             raise DataError(f"{where}: batches must be tensors, begin with one, or be Inputs, got {type(batch)}")
@@ -119,9 +116,8 @@ def batches_of(where: str, model: nn.Module, loader: Iterable[ModelInput], bar: 
         check_tensors(where, **{f"batch[{at}]": each for at, each in enumerate(tensors)})
         if any(tensor.numel() == 0 for tensor in tensors):
             raise DataError(f"{where}: a batch is empty")
-        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
-        yield tuple(args), dict(kwargs)
-    if empty:
+        yield map_tensors(lambda tensor: tensor.to(device), (given.args, given.kwargs))
+    if batch is None:
         raise DataError(f"{where}: loader is empty; give at least one batch, in a list if it is needed again")
 
 
