@@ -147,7 +147,7 @@ class Switchable(SwitchableContainer):
     def _narrowed(self, column: Column) -> nn.Module:
         """Return a cut copy of the full module, which may read the parameters of that."""
         module = copy_of_norm(self.full)
-        for name, tensor in _tensors(module).items():
+        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
             if name in column.cuts:
                 tensor.data = take(tensor.data, column.cuts[name]).clone()
         for name, value in column.values.items():
@@ -376,15 +376,12 @@ def column_of_norm(norm: nn.Module, width: float | Counts, kept: Kept, shared: b
     units = kept if isinstance(kept, tuple) and kept else [kept - 1] if type(kept) is int else [-1]
     if not set(units) <= set(range(channels)):
         raise ConversionError(f"SwitchableNorm: kept must hold None, 1 to {channels}, or tuples of these, got {kept!r}")
-    tensors = ((name, it) for name, it in _tensors(norm).items() if it.shape[:1] == (channels,))
-    cuts = {name: make_cut(it, (kept, *[None] * (it.ndim - 1)), name) for name, it in tensors}
+    tensors = chain(norm.named_parameters(), norm.named_buffers())
+    of_channels = ((name, it) for name, it in tensors if it.shape[:1] == (channels,))
+    cuts = {name: make_cut(it, (kept, *[None] * (it.ndim - 1)), name) for name, it in of_channels}
     places = ((path, name, vars(each).get(name)) for path, each in norm.named_modules() for name in _CHANNEL_COUNTS)
     sizes = {f"{path}.{name}".lstrip("."): kept_of(channels, kept) for path, name, size in places if size == channels}
     return Column(width, cuts={name: cut for name, cut in cuts.items() if cut}, values={**sizes}, shared=shared)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict((*module.named_parameters(), *module.named_buffers()))
 
 
 def _units(tensors: Mapping[str, Tensor], column: Column, moved: Mapping[Any, Any], path: str) -> _Units:

@@ -218,10 +218,7 @@ def _node() -> tuple[int, int] | None:
 
 # -- users
 def _who() -> Any:
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop is running
-        task = None
+    task = asyncio.current_task() if asyncio._get_running_loop() else None
     return weakref.ref(_here.alive if task is None else task)
 
 
