@@ -86,21 +86,17 @@ def stores_of(modules: Collection[nn.Module]) -> list[Store]:
 
 
 def _copied(store: Store) -> Any:
-    """Return the entries that a step may change; tensors, arrays and containers as copies, other objects themselves."""
+    """Return the entries of a store: tensors without gradient, arrays and containers as copies, all else itself."""
 
     def copied(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return value
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            return value if value.requires_grad else value.clone()
+            return value.clone()
         return copy.deepcopy(value) if isinstance(value, (nn.Parameter, *_CHANGEABLE)) else value
 
-    state = {
-        name: value
-        for name, value in store.items()
-        if name not in _OF_EVERY_MODULE
-        and not name.startswith("_slim")
-        and not (isinstance(value, Tensor) and value.requires_grad)
-    }
-    return tree_map(copied, state) if state else {}  # most modules have none
+    own = {name: it for name, it in store.items() if name not in _OF_EVERY_MODULE and not name.startswith("_slim")}
+    return tree_map(copied, own) if own else {}  # most modules have none
 
 
 class Replay:

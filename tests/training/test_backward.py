@@ -287,6 +287,15 @@ def test_all_state_of_a_criterion_changes_once_per_step(way):
     assert kinds == {nn.Parameter}
 
 
+def test_parameters_in_a_list_of_a_criterion_learn_at_every_width():
+    model = slimmable.SlimLinear(6, 8, widths=WIDTHS, slim_in=False, slim_out=False)
+    criterion = nn.Module()
+    criterion.held, criterion.gain = [nn.Parameter(torch.ones(8))], nn.Parameter(torch.ones(8))
+    recipe = SlimRecipe(model, once=[criterion])
+    recipe.backward(lambda: (model(torch.ones(2, 6)) * criterion.held[0] * criterion.gain).square().mean())
+    assert torch.equal(criterion.held[0].grad, criterion.gain.grad)
+
+
 class WithQueue(nn.Module):
     """A model that holds a queue of its own outputs, as published MoCo programs do, and returns the loss."""
 
