@@ -173,13 +173,11 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> dict[str, tu
     """Return name -> parameter that all `widths` share, and width -> the block of it that its first module reads."""
     found: dict[int, dict[float, Cut]] = {}
     for module in shallow_modules(model):
-        state, full = state_of(module), module
-        if isinstance(module, SwitchableContainer):
-            if not isinstance(module, SwitchableNorm) or not all(map(is_slim, module.narrow)):
-                continue  # each width has parameters of its own
-            full = module.full
+        state, shares = state_of(module), isinstance(module, SwitchableNorm) and all(map(is_slim, module.narrow))
+        if isinstance(module, SwitchableContainer) and not shares:
+            continue  # each width has parameters of its own
         cuts = {width: state.columns[state.widths.index(width)].cuts if state else {} for width in widths}
-        for name, parameter in full._parameters.items():
+        for name, parameter in module._parameters.items():  # of a norm, those of the full width
             if parameter is not None:
                 whole = Cut(tuple(parameter.shape), (), (), (), ())
                 found.setdefault(id(parameter), {width: cuts[width].get(name, whole) for width in widths})

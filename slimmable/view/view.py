@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 
-from slimmable._modules import empty_cache, unannounced
+from slimmable._modules import empty_cache, tensors_of, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, make_cut, put, state_of, take
@@ -191,11 +191,10 @@ class _Viewed(HasWidths):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Have the indices on the new device, too, which a compiled forward would otherwise make each time."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        own = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
-        for column in self._slim.columns if own else ():
-            for cut in column.cuts.values():
-                for _, picked in cut.picks:
-                    picked.on(own[0].device)
+        picks = [picked for column in self._slim.columns for cut in column.cuts.values() for _, picked in cut.picks]
+        for tensor in tensors_of(self).values():
+            for picked in picks:
+                picked.on(tensor.device)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
