@@ -89,47 +89,42 @@ def build_method(
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
     patches = getattr(backbone, "patch_embed", None)  # a vision transformer
     backbone.train()
-
-    def encoder(projector: nn.Module) -> nn.Module:
-        for layer in projector.modules():
-            if isinstance(layer, nn.Linear) and config.head_std is not None:
-                nn.init.normal_(layer.weight, std=config.head_std)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        gated = config.gate_budget is not None
-        if gated and len(config.widths) > 1:  # a head that takes the features of every width
-            whole = methods.Encoder(copy.deepcopy(backbone), projector)
-            projector = _slimmed(config, whole, example, order).get_submodule("projector")
-        plain = backbone if gated else methods.Encoder(backbone, projector)  # the head has no gates, no cost
-        slim = _slimmed(config, plain, example, order)
-        if start is not None and start.slim:
-            load_exactly(backbone, start.backbone, f"--init {config.init}")
-        if not gated:
-            return slim
-        try:
-            return methods.Encoder(gate(slim, example_inputs=example, inplace=True), projector)
-        except ConversionError as error:
-            raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
-
-    if config.method in ("supervised", "distillation"):  # the latter learns once it has a teacher
-        classifier = methods.Supervised.projector(features, classes)
-        if start is not None and not differences(classifier.state_dict(), start.classifier):
-            classifier.load_state_dict(start.classifier)
-        return methods.Supervised(encoder(classifier))
-    kind: Any = {name.lower(): getattr(methods, name) for name in methods.__all__}[config.method]
-    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
-    known["freeze"] = 1 / config.epochs
-    settings = {name: known[name] for name in signature(kind).parameters if name in known}
-    head: dict[str, Any] = {"batch_norm": patches is None} if config.method == "dino" else {}
+    name = "supervised" if config.method == "distillation" else config.method  # it learns once it has a teacher
+    kind: Any = {each.lower(): getattr(methods, each) for each in methods.__all__}[name]
+    head: dict[str, Any] = {"batch_norm": patches is None} if name == "dino" else {}
     last: dict[str, Any] = {}
-    if config.method == "mocov3" and isinstance(patches, nn.Module):
+    if name == "mocov3" and isinstance(patches, nn.Module):
         patches.requires_grad_(False)  # frozen at random, it trains more stably (Chen et al. 2021, section 4)
         head, last = {"layers": 3}, {"last_norm": True}
-    slim = [encoder(kind.projector(features, hidden, dim, **head))]
+    sizes = (features, classes) if name == "supervised" else (features, hidden, dim)
+    projector = kind.projector(*sizes, **head)
+    if start is not None and not differences(projector.state_dict(), start.classifier):
+        projector.load_state_dict(start.classifier)
+    for layer in projector.modules():
+        if isinstance(layer, nn.Linear) and config.head_std is not None:
+            nn.init.normal_(layer.weight, std=config.head_std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    gated = config.gate_budget is not None
+    if gated and len(config.widths) > 1:  # a head that takes the features of every width
+        whole = methods.Encoder(copy.deepcopy(backbone), projector)
+        projector = _slimmed(config, whole, example, order).get_submodule("projector")
+    plain = backbone if gated else methods.Encoder(backbone, projector)  # the head has no gates, no cost
+    encoder = _slimmed(config, plain, example, order)
+    if start is not None and start.slim:
+        load_exactly(backbone, start.backbone, f"--init {config.init}")
+    if gated:
+        try:
+            encoder = methods.Encoder(gate(encoder, example_inputs=example, inplace=True), projector)
+        except ConversionError as error:
+            raise UsageError(f"--gate-budget needs a --model that can be gated: {error}") from error
+    parts = [encoder]
     if hasattr(kind, "predictor"):
-        inner = max(1, dim // 4) if config.method == "simsiam" else hidden
-        slim.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
-    method: methods.Method = kind(*slim, **settings)
+        inner = max(1, dim // 4) if name == "simsiam" else hidden
+        parts.append(_slimmed(config, kind.predictor(inner, dim, **last), torch.zeros(2, dim)))
+    known = {**asdict(config), "momentum": config.ema_momentum, "bn_splits": config.key_parts}
+    known["freeze"] = 1 / config.epochs
+    method: methods.Method = kind(*parts, **{each: known[each] for each in signature(kind).parameters if each in known})
     return method
 
 
