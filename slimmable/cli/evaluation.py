@@ -25,7 +25,7 @@ from slimmable.cli.data import Images, Plain, Views, batches_of, load, make_view
 from slimmable.cli.report import DENSE, GATED, PART, STATIC, Row, named_at
 from slimmable.errors import UsageError
 from slimmable.evaluation import evaluate_features, knn_accuracy, label_fraction, linear_evaluation, narrowest_first
-from slimmable.gating import GatedPass, calibrate_gates, extract_gated, gated
+from slimmable.gating import GatedPass, extract_gated, gated
 from slimmable.methods import Method
 
 _BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the static networks, as in Krishna et al. 2023
@@ -70,18 +70,9 @@ def features_in(
     return features, {name: float(torch.cat(found).mean()) for name, found in shares.items()}
 
 
-def calibration_images(config: PretrainConfig, images: Images) -> list[Tensor]:
+def gate_images(config: PretrainConfig, images: Images) -> list[Tensor]:
     """Return the training images that set the gates of a run, in batches."""
     return list(batches_of(Plain(images.train, config.image_size, normalisation(config), _CALIBRATION)))
-
-
-def set_gates(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[float, float]:
-    """Set the gates of each width to the budget of the run; return width -> the share that they reach."""
-    some, budget, reached = calibration_images(config, images), config.gate_budget or 0.0, {}
-    for width in config.widths:
-        with at_width(backbone, width):
-            reached[width] = calibrate_gates(backbone, some, budget)
-    return reached
 
 
 def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, options: Evaluate) -> str:
@@ -139,7 +130,7 @@ def rows_of_run(config: PretrainConfig, method: Method, images: Images, options:
 
 def static_networks(config: PretrainConfig, backbone: nn.Module, images: Images) -> dict[str, nn.Module]:
     """Return the static networks of a gated run by name: of the published budgets and its own."""
-    networks, some = {}, calibration_images(config, images)
+    networks, some = {}, gate_images(config, images)
     with suppress(UsageError):  # even one unit per gate costs more
         for budget in sorted({*_BUDGETS, config.gate_budget or 0.0}, reverse=True):
             networks[f"{STATIC} {budget:g}"] = extract_gated(backbone, some, budget=budget)

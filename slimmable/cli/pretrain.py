@@ -18,16 +18,17 @@ from torch.optim import Optimizer
 from slimmable._atomic import write_aside
 from slimmable._distributed import any_process, rank, world_size
 from slimmable._tables import differences
+from slimmable._width import at_width
 from slimmable.cli import data, run as runs
 from slimmable.cli.commands import Evaluate, Pretrain
 from slimmable.cli.config import PretrainConfig, say
-from slimmable.cli.evaluation import VOTERS, Prober, draw_neighbours, passes_of, report_run, rows_of_run, set_gates
+from slimmable.cli.evaluation import VOTERS, Prober, draw_neighbours, gate_images, passes_of, report_run, rows_of_run
 from slimmable.cli.faults import exit_code, explained_fault, on_signals, stop
 from slimmable.cli.processes import locked
 from slimmable.cli.report import GATED, Log, Progress, csv_log, named_at
 from slimmable.errors import CheckpointError, DivergedError, SlimmableError, UsageError, require
 from slimmable.files.description import Tensors
-from slimmable.gating import GateBudget, gate_parameters, gate_plan
+from slimmable.gating import GateBudget, calibrate_gates, gate_parameters, gate_plan
 from slimmable.losses import DistillationKind, OnlineDistillation
 from slimmable.methods import Batch, Method
 from slimmable.training import GradientDiagnostics, SlimRecipe, average_gradients, calibrate_bn
@@ -356,8 +357,10 @@ def _finish(training: Training, folder: Path, options: Pretrain) -> None:
         calibrate_bn(backbone, data.batches_of(some, config.batch_size), config.widths)
         training.save(folder / runs.CHECKPOINT)
     if config.gate_budget is not None:
-        for width, reached in set_gates(config, backbone, images).items():
-            share = f"{reached:.3f} of the multiply-adds"
+        batches = gate_images(config, images)
+        for width in config.widths:
+            with at_width(backbone, width):
+                share = f"{calibrate_gates(backbone, batches, config.gate_budget):.3f} of the multiply-adds"
             _tell(options, f"{named_at('the gates', width)} are set to {share}; the budget is {config.gate_budget:g}")
         training.save(folder / runs.CHECKPOINT)
     for name in runs.save_networks(folder, config, training.method, images.channels):
