@@ -1,7 +1,6 @@
 """Latency tables: times of a model's layers by their sizes, from which those of whole sub-networks are predicted."""
 
 import json
-import math
 import platform
 import random
 import statistics
@@ -169,16 +168,13 @@ def _layers(network: nn.Module, example: Arguments) -> list[dict[str, Any]]:
 
 def _times(networks: Sequence[nn.Module], example: Arguments, runtime: str) -> list[float]:
     """Return the milliseconds of a forward of each network, the least of several rounds of all."""
-    runs, best = list[Any](networks), [math.inf] * len(networks)
+    runs = list[Any](networks)
     for at, network in enumerate(networks if runtime == "onnxruntime" else ()):
         with tempfile.TemporaryDirectory() as folder, explained("torch.export cannot follow the model"), quiet():
             runs[at] = save_onnx(to_onnx(torch.export.export(network, *example)), Path(folder, "network.onnx"))
-    for _ in range(_ROUNDS):
-        for at, run in enumerate(runs):
-            start = time.process_time()
-            run(*example[0], **example[1])
-            best[at] = min(best[at], 1000 * (time.process_time() - start))
-    return best
+    timers = [timeit.Timer(partial(run, *example[0], **example[1]), timer=time.process_time) for run in runs]
+    rounds = [[timer.timeit(1) for timer in timers] for _ in range(_ROUNDS)]
+    return [1000 * min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def in_onnxruntime(model: nn.Module, images: Tensor, table: Profile, threads: int = 0) -> Profile:
