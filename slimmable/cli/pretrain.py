@@ -321,24 +321,22 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
     with on_signals(lambda number: stop(number) if asked else asked.append(number)), ExitStack() as ends:
-        progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet)
+        progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet or rank() > 0)
         log = csv_log(folder / "losses.csv", columns, training.step) if rank() == 0 else None
         watch = Watch(training, folder) if every and rank() == 0 else None
         while training.step < training.steps:
             losses = training.take_step()
-            if rank() == 0:
-                progress.advance(losses)
+            progress.advance(losses)
             while training.diagnostics is not None and training.diagnostics.rows and rank() == 0:
                 at = int((row := training.diagnostics.rows.pop()).pop("step"))
                 gradients = gradients or csv_log(folder / "gradients.csv", [*row], at - 1)
                 gradients(at, row)
-            if training.step % options.log_every == 0 or training.step == training.steps:
+            if log is not None and (training.step % options.log_every == 0 or training.step == training.steps):
                 # a universal model's random widths have no curve
                 shown = {f"train_loss/w{width:g}": losses[width] for width in config.widths if width in losses}
                 for width, reached in {} if gates is None else gates.reached_at.items():
                     shown[named_at("gated_share", width)] = float(reached)
-                if log is not None:
-                    log(training.step, {"learning_rate": training.learning_rate, **shown})
+                log(training.step, {"learning_rate": training.learning_rate, **shown})
             stopping = any_process(bool(asked), training.device)
             if stopping or training.step % training.steps_per_epoch == 0:
                 training.check_finite()
