@@ -228,8 +228,7 @@ def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
 def narrowest_first(backbone: nn.Module, features: dict[float, Tensor]) -> dict[float, Tensor]:
     """Sort features so that those of each width come first in every wider one, by the plan of `backbone`, if any."""
     plan = plan_of(backbone)
-    ids = None if plan is None else plan.channels.outputs[0].units[1]
-    if plan is None or ids is None:
+    if plan is None or (ids := plan.channels.outputs[0].units[1]) is None:
         return features
     mask = plan.channels.needed.grouping.mask
     kept = {width: mask(np.array([*plan.sub_network(width).counts, 1]), ids) for width in features}
