@@ -37,7 +37,7 @@ CALLS = {
     "code that ran": lambda folder: (folder / "ran").touch(),
     "a file outside": lambda folder: (folder.parent / "other").touch(),
     "too long": lambda folder: time.sleep(30),
-    "too large": lambda folder: bytearray(os.urandom(1000)) * 200_000,  # freed memory that malloc keeps holds none of it
+    "too large": lambda folder: bytearray(os.urandom(1000)) * 200_000,  # more than malloc keeps
 }
 
 
