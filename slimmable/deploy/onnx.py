@@ -50,10 +50,15 @@ def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool
     # without gradients, as in tracing: with them, attention has another memory layout
     with torch.no_grad(), quiet(), explained("torch.onnx cannot translate the model"):
         try:
-            return torch.onnx.export(program, (), **settings)
+            written: Any = torch.onnx.export(program, (), **settings)
         except Exception:  # it supports only one form of attention; decomposed, it is matrix products
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.onnx.export(program.run_decompositions(), (), **settings)
+                written = torch.onnx.export(program.run_decompositions(), (), **settings)
+    graph = written.model.graph
+    for value in [each for node in graph for each in node.inputs if each is not None]:
+        if value.producer() is None and value.graph is None:  # a constant that the optimizer forgot to store
+            graph.register_initializer(value)
+    return written
 
 
 def quantized(program: ExportedProgram, names: Names, batches: Sequence[Arguments], known: dict[str, Any]) -> Any:

@@ -319,6 +319,28 @@ def test_a_single_width_is_the_extracted_network(suffix, tmp_path):
     assert path.stat().st_size < weights + 60_000
 
 
+class Clamped(nn.Module):
+    """Clamps a tensor twice, in two steps each, of which torch's optimizer for ONNX stores only one pair of limits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 4)
+
+    def forward(self, input):
+        x = self.first(input)
+        return self.last(x.clamp(min=-0.2).clamp(max=0.1) + x.clamp(min=-0.1).clamp(max=0.3))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_single_width_has_all_its_constants(calibrated, tmp_path):
+    runtime, example = pytest.importorskip("onnxruntime"), torch.randn(16, 6)
+    slim, path = slimmable.slimify(Clamped().eval(), WIDTHS, example_inputs=example), tmp_path / "net.onnx"
+    slimmable.export(slim, path, width=0.5, example_inputs=example, calibration=[example] if calibrated else None)
+    found = torch.from_numpy(runtime.InferenceSession(path).run(None, {"input": example.numpy()})[0])
+    expected = slimmable.extract(slim, 0.5)(example)
+    assert (found - expected).abs().max() <= (0.1 if calibrated else 1e-5) * expected.abs().max()
+
+
 def test_all_widths_as_safetensors(tmp_path):
     net, example = resnet()
     slim = oracles.randomise(slimmable.slimify(net.eval(), WIDTHS, example_inputs=example), seed=1)
