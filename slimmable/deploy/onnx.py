@@ -95,11 +95,11 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
     for name in weights:
         value = stored.get(f"{name}_quantized")
-        if value is None or value.dtype != ir.DataType.INT8:  # not quantized, or a bias
+        users = [] if value is None or value.dtype != ir.DataType.INT8 else [*value.uses()]
+        if not users or "axis" not in users[0][0].attributes:  # not the weights of a layer
             continue
-        own, users = value.const_value.numpy(), [*value.uses()]
-        axis, scales = users[0][0].attributes["axis"].as_int(), users[0][0].inputs[1].const_value.numpy()
-        *_, whole = known.setdefault(name, (weights[name], axis, scales, own))
+        own, scales = value.const_value.numpy(), users[0][0].inputs[1].const_value.numpy()
+        *_, whole = known.setdefault(name, (weights[name], users[0][0].attributes["axis"].as_int(), scales, own))
         places, _ = parts.get(name, ([], []))
         if places and np.abs(whole[np.ix_(*places)] - own.astype(int)).max() <= 1:  # by rounding
             value.const_value = ir.tensor(whole, name=value.name)
