@@ -277,14 +277,9 @@ def _write(option: str, path: Path | None, write: Callable[[Path], object]) -> N
         write_aside(path, write)
 
 
-COMMANDS: dict[str, tuple[type, ...]] = {  # the dataclasses of the options of each; the last one runs it
-    "pretrain": (settings.PretrainConfig, Pretrain),
-    "evaluate": (Evaluate,),
-    "export": (Export,),
-    "latency": (Latency,),
-    "profile": (Profile,),
-    "plan": (Plan,),
-}
+# the dataclasses of the options of each command; the last one runs it, and has its name
+_CLASSES = ((settings.PretrainConfig, Pretrain), (Evaluate,), (Export,), (Latency,), (Profile,), (Plan,))
+COMMANDS: dict[str, tuple[type, ...]] = {classes[-1].__name__.lower(): classes for classes in _CLASSES}
 
 
 class _Parser(argparse.ArgumentParser):
