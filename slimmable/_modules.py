@@ -125,6 +125,8 @@ def size_axes(module: nn.Module) -> dict[str, int]:
         return {"in_channels": 0, "out_channels": 1} if module.transposed else {"out_channels": 0, "in_channels": 1}
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"embedding_dim": 1}
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return {"num_parameters": 0}
     return {"num_channels": 0} if isinstance(module, nn.GroupNorm) else {}
 
 

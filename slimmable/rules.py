@@ -261,7 +261,7 @@ def _one_by_one(operations: str, why: str = "", *special: int | str, also: str =
                 op.pins(name, axis, "is an index or a bound")
 
 
-_one_by_one("bucketize view_as_real fake_quantize_per_tensor_affine_cachemask")
+_one_by_one("bucketize renorm view_as_real fake_quantize_per_tensor_affine_cachemask")
 _one_by_one("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine")
 _one_by_one("view_as_complex", "is the real and imaginary part", -1)
 _one_by_one("cumsum cumprod logcumsumexp", ORDER, "dim")

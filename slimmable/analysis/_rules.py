@@ -432,8 +432,7 @@ def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: in
     follows = isinstance(given, TracedInt) and given.expression.kind != "constant"
     if each_in == 1 and each_out >= 1 and follows and x is not None:  # depthwise
         made_of = spread(x, 1, each_out)
-        outer = made_of if outer is None or transposed else outer  # transposed, all groups share the output axis
-        ctx.labels.merge(made_of, outer)
+        outer = ctx.merge(made_of if transposed else outer, made_of)  # transposed, all groups share the output axis
         ctx.consumed.append(x)
         ctx.constrain(given, x, groups)
         return outer

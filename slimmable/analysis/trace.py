@@ -82,6 +82,9 @@ class _Calls(TorchFunctionMode):
             tensors_by_name = (kwargs[n] for n in ("query", "key", "value")[len(args) :])
             _rules.attention(self.context, [*args, *tensors_by_name], kwargs, out)
             return out
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            self.context.at("data", self.operations.fake.running)
+            self.context.pin_all(args[:1], "the forward replaces its data")
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
             self.context.operation = name
             for axis, size in zip(range(-len(args[1]), 0), args[1], strict=True):
