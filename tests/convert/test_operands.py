@@ -141,6 +141,7 @@ case("_batch_norm_no_update", T, (6,), (6,), (6,), positive(6), call=lambda op, 
 case("native_layer_norm", T, (8,), (8,), call=lambda op, x, w, b: F.layer_norm(x, (x.shape[-1],), w, b))
 case("native_group_norm", (4, 8, 6), (8,), (8,), call=lambda op, x, w, b: F.group_norm(x, 2, w, b))
 case("_weight_norm_interface", M, (4, 1), call=lambda op, v, g: op(v, g.abs(), 0))
+case("renorm", M, call=lambda op, x: op(x, 2, 0, 0.5))
 case("bucketize", M, (6,), call=lambda op, x, b: op(x, b.sort().values))
 case("cumsum cumprod logcumsumexp cummax cummin", T, call=lambda op, x: op(x, 1))
 case("flip", T, call=lambda op, x: op(x, [1]))
