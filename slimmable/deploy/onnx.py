@@ -87,29 +87,28 @@ def quantized(program: ExportedProgram, names: Names, batches: Sequence[Argument
         settings = {"op_types_to_quantize": _LAYERS + (_BETWEEN if mostly else ()), "nodes_to_exclude": products}
         weights = {name: value.const_value.numpy().copy() for name, value in graph.initializers.items()}
         parts = {name: part for name in known if name in weights and (part := _part(weights[name], *known[name][:3]))}
-        scales = {"TensorQuantOverrides": {name: each for name, (_, each) in parts.items()}}
-        tool.quantize_static(ready, done, reader, per_channel=True, extra_options=scales, **settings)
+        given = {"TensorQuantOverrides": {name: scales for name, (_, scales) in parts.items()}}
+        tool.quantize_static(ready, done, reader, per_channel=True, extra_options=given, **settings)
         written.model = ir.load(done)
-        stored = written.model.graph.initializers
-        for value in stored.values():  # in memory: the file goes
+        graph = written.model.graph
+        for value in graph.initializers.values():  # in memory: the file goes
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
-    for name in weights:
-        value = stored.get(f"{name}_quantized")
-        users = [] if value is None or value.dtype != ir.DataType.INT8 else [*value.uses()]
-        if not users or "axis" not in users[0][0].attributes:  # not the weights of a layer
+    for node in [node for node in graph if node.op_type == "DequantizeLinear" and "axis" in node.attributes]:
+        value, axis = node.inputs[0], node.attributes["axis"].as_int()
+        name = value.name.removesuffix("_quantized")
+        if name not in weights or value.dtype != ir.DataType.INT8:  # a bias
             continue
-        own, scales = value.const_value.numpy(), users[0][0].inputs[1].const_value.numpy()
-        *_, whole = known.setdefault(name, (weights[name], users[0][0].attributes["axis"].as_int(), scales, own))
+        own, scales = (each.const_value.numpy() for each in node.inputs[:2])
+        *_, whole = known.setdefault(name, (weights[name], axis, scales, own))
         places, _ = parts.get(name, ([], []))
         if places and np.abs(whole[np.ix_(*places)] - own.astype(int)).max() <= 1:  # by rounding
             value.const_value = ir.tensor(whole, name=value.name)
             for axis, place in enumerate(places):
                 at = ir.node("Constant", [], {"value_ints": place})
                 cut = ir.node("Gather", [value, *at.outputs], {"axis": axis})
-                written.model.graph.insert_before(users[0][0], [at, cut])
+                graph.insert_before(node, [at, cut])
                 (value,) = cut.outputs
-            for user, position in users:
-                user.replace_input_with(position, value)
+            node.replace_input_with(0, value)
     return written
 
 
@@ -125,9 +124,10 @@ def _part(weights: Any, whole: Any, axis: int, scales: Any) -> tuple[list[list[i
     size, count, bound = len(wide), len(own), 1e-5 * np.abs(own).max()
     for blocks in (n for n in range(1, count + 1) if size % n == count % n == 0):
         rows = np.arange(size).reshape(blocks, -1)[:, : count // blocks].ravel().tolist()
-        columns, first, square = list[int](), wide[rows, 0], np.square(wide[rows, 0]).sum(1)
-        factors = np.divide((first * own[:, 0]).sum(1), square, out=np.ones_like(square), where=square > 0)
-        scaled = wide[rows] * factors[:, None, None]
+        cut, columns = wide[rows], list[int]()
+        square = np.square(cut[:, 0]).sum(1)
+        factors = np.divide((cut[:, 0] * own[:, 0]).sum(1), square, out=np.ones_like(square), where=square > 0)
+        scaled = cut * factors[:, None, None]
         for column in range(wide.shape[1]):
             at = len(columns)
             if at < own.shape[1] and np.abs(scaled[:, column] - own[:, at]).max() <= bound:

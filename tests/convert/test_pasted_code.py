@@ -65,8 +65,8 @@ class MaxNorm(nn.Module):
         return weights.renorm(2, 0, 1.0)
 
 
-class NoRule(nn.Module):
-    """Computes weights by operations for which there is no rule."""
+class Sorted(nn.Module):
+    """Computes weights in a way that needs all of them."""
 
     def forward(self, weights):
         return weights.flatten().sort().values.view_as(weights)
@@ -80,7 +80,7 @@ def depthwise(limit):
     return made(nn.Sequential(*body, nn.Conv2d(16, 24, (1, 5)), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
-@pytest.mark.parametrize(("limit", "units"), [(MaxNorm(), 8), (NoRule(), 16)])
+@pytest.mark.parametrize(("limit", "units"), [(MaxNorm(), 8), (Sorted(), 16)])
 def test_a_depthwise_convolution_follows_its_weights(limit, units):
     model, x = depthwise(limit), torch.randn(2, 1, 8, 32, dtype=torch.float64)
     checked(model, x, widths=(1.0, 0.75, 0.5))
