@@ -5,14 +5,16 @@
     python -m benchmarks.slimclr.run --data fashion        # see README.md
     python -m benchmarks.slimclr.run --quick               # a smoke run of seconds
 
-Each run pre-trains by MoCo v2, on Fashion-MNIST by SimCLR, and evaluates the frozen features at every width. A run that
-was interrupted starts anew; finished ones stand in `results/<data>.csv` and are not repeated. Several processes may
-work on different seeds.
+Each run pre-trains by MoCo v2, on Fashion-MNIST by SimCLR, and evaluates the frozen features at every width. Finished
+runs stand in `results/<data>.csv` and are not repeated; one that was interrupted goes on after its last epoch, by what
+it left in `results/unfinished`. Several processes may work on different seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, load_images
 from slimmable.cli.pretrain import Training
-from slimmable.cli.run import build_method
+from slimmable.cli.run import CHECKPOINT, build_method, load_checkpoint
 from slimmable.evaluation import evaluate_features
 from slimmable.methods import Distillation
 from slimmable.training import GradientDiagnostics
@@ -88,7 +90,9 @@ SETS: dict[str, dict[str, Any]] = {
     "fashion": ON_FASHION,
     "fashion-vicreg": ON_FASHION | {"method": "vicreg", "proj_dim": 256, "proj_hidden_dim": 256},
     "fashion-byol": ON_FASHION | {"method": "byol"},
+    "fashion-large": ON_FASHION | {"num_images": 60_000, "epochs": 100},
 }
+LARGE = {arm: FASHION[arm] for arm in ("alone", "ours", "published")}
 PASSES = {  # forwards of an image in a step: with gradients, and of the momentum encoder or the teacher
     **{"mocov2": (1, 1), "simclr": (2, 0), "vicreg": (2, 0), "byol": (2, 2)},
     "supervised": (1, 0),
@@ -97,6 +101,9 @@ PROBES = ("knn", "linear", "slimmable", "ridge")
 GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
 EVERY = 20  # steps between two looks at the gradients
 FIELDS = ("arm", "seed", "width", *PROBES, "few", "seconds", "gmacs", "steps", *GRADIENTS)
+
+
+Known = dict[tuple[int, int], list[torch.Tensor]]  # views by image and draw, see `Kept`
 
 
 @dataclass
@@ -115,7 +122,7 @@ class Trained:
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
     """Return the arms of a set of `SETS`: name -> settings."""
-    return {"digits": ARMS, "glyphs": ARMS, "fashion": FASHION}.get(data, BY_OTHERS)
+    return {"digits": ARMS, "glyphs": ARMS, "fashion": FASHION, "fashion-large": LARGE}.get(data, BY_OTHERS)
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
@@ -154,10 +161,15 @@ def pretrain(
     config: PretrainConfig,
     planes: tuple[int, ...],
     images: Images,
-    known: dict[tuple[int, int], list[torch.Tensor]],
+    known: Known | None,
+    unfinished: Path | None = None,
     teacher: nn.Module | None = None,
 ) -> tuple[Training, float]:
-    """Train one network at the widths of `config`, or by the features of `teacher`; return it and the seconds."""
+    """Train one network at the widths of `config`, or by the features of `teacher`; return it and the seconds.
+
+    Views are kept in `known`, if given. After each epoch the folder `unfinished`, if given, gets what a later call
+    with the same arguments goes on from.
+    """
     torch.manual_seed(config.seed)
     backbone, classes = network(config.data, images.channels, planes), len(images.classes)
     if teacher is None:
@@ -166,11 +178,23 @@ def pretrain(
         encoder = build_method(config, backbone, images.channels, teacher.num_features).encoder
         method = Distillation(encoder, teacher, kind="cosine")
     training = Training(config, method, images, torch.device("cpu"))
-    training.views = Kept(training.views, known)
+    if known is not None:
+        training.views = Kept(training.views, known)
     training.diagnostics = GradientDiagnostics(method.online, EVERY)
-    start = time.process_time()
+    seconds = 0.0
+    if unfinished is not None and (saved := unfinished / CHECKPOINT).exists():
+        training.resume(*load_checkpoint(saved))
+        seconds, rows = json.loads((unfinished / "measured.json").read_text())
+        training.diagnostics.step = training.step
+        training.diagnostics.rows = [row for row in rows if row["step"] < training.step]
+    start = time.process_time() - seconds
     while training.step < training.steps:
         training.take_step()
+        if unfinished is not None and training.step % training.steps_per_epoch == 0:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            measured = time.process_time() - start, training.diagnostics.rows
+            (unfinished / "measured.json").write_text(json.dumps(measured))
+            training.save(unfinished / CHECKPOINT)
     return training, time.process_time() - start
 
 
@@ -227,22 +251,24 @@ def run(
     data: str,
     arm: str,
     seed: int,
-    known: dict[tuple[int, int], list[torch.Tensor]],
+    known: Known | None,
     folder: Path = FOLDER,
+    unfinished: Path | None = None,
     **more: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each width."""
+    """Yield a row for each width; `unfinished` is the folder of what each training leaves after an epoch."""
     config = configuration(data, arm, seed, **more)
     images = images_of(config, folder=folder)
     if arm not in ("alone", "two stages"):
-        yield from rows(judged(*pretrain(config, PLANES, images, known)), arm, seed)
+        yield from rows(judged(*pretrain(config, PLANES, images, known, unfinished)), arm, seed)
         return
     alone, teacher = configuration(data, "alone", seed, **more), None
     for width in WIDTHS:
         planes = tuple(round(width * each) for each in PLANES)
         settings = alone if teacher is None else config
         one = replace(settings, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
-        found = pretrain(one, planes, images, known, teacher)
+        place = None if unfinished is None else unfinished / f"{width:g}"
+        found = pretrain(one, planes, images, known, place, teacher)
         yield from rows(judged(*found), arm, seed, width)
         if arm == "two stages" and teacher is None:  # the full network, trained by itself, teaches the narrow ones
             teacher = found[0].method.backbone
@@ -293,11 +319,13 @@ def main() -> None:
     for data in given.data[:1] if given.quick else given.data:
         path = given.out / f"{data}.csv"
         for seed in [0] if given.quick else given.seeds:
-            known: dict[tuple[int, int], list[torch.Tensor]] = {}
+            known: Known | None = None if data == "fashion-large" else {}  # its views would fill the memory
             for arm in given.arms or arms_of(data):
                 if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read_rows(path)}:
-                    found = list(run(data, arm, seed, known, given.folder, **more))
+                    unfinished = given.out / "unfinished" / f"{data}-{arm}-{seed}"
+                    found = list(run(data, arm, seed, known, given.folder, unfinished, **more))
                     append_rows(path, FIELDS, found)
+                    shutil.rmtree(unfinished)
                     shown = "  ".join(f"{row['width']}: {row['knn']}/{row['linear']}" for row in found)
                     print(f"{data} seed {seed} {arm}: {shown} (kNN/linear), {found[0]['seconds']} s", flush=True)
 

@@ -34,6 +34,29 @@ def test_finished_runs_are_not_repeated(tmp_path):
     assert f"| all | 1 | {float(rows[4]['linear']):.1f} |" in text
 
 
+def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
+    """It ends as if it had not been interrupted; of the two widths alone, the finished one is not trained again."""
+    more = {"epochs": 3, "warmup_epochs": 1.0, "num_images": 256, "queue_size": 128}
+    monkeypatch.setattr(run, "WIDTHS", (1.0, 0.5))
+    expected = list(run.run("digits", "alone", 0, {}, **more))
+    take_step, taken = run.Training.take_step, []
+
+    def interrupted(training):
+        taken.append(training.step)
+        if len(taken) == 10:  # of the second width, in its second epoch
+            raise KeyboardInterrupt
+        return take_step(training)
+
+    monkeypatch.setattr(run.Training, "take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run("digits", "alone", 0, {}, unfinished=tmp_path, **more))
+    found = list(run.run("digits", "alone", 0, {}, unfinished=tmp_path, **more))
+    assert taken == [*range(6), *range(4), *range(2, 6)]
+    for row in (*expected, *found):
+        row.pop("seconds")
+    assert found == expected
+
+
 def test_all_arms_of_a_seed_see_the_same_views():
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     views = Views(images, torch.arange(4), [lambda image: image.float() / 255 * torch.rand(())] * 2, seed=0)
