@@ -2,10 +2,12 @@
 
     python -m benchmarks.gating.run                       # every arm and seed that has no result yet; 80 minutes
     python -m benchmarks.gating.run --seeds 0 1 --arms vanilla gated
+    python -m benchmarks.gating.run --data fashion         # on Fashion-MNIST; three hours a seed
     python -m benchmarks.gating.run --quick               # a smoke run of seconds
 
-Each run pre-trains by VICReg on the embedded digits and evaluates frozen features. A run that was interrupted starts
-anew; finished ones stand in `results/digits.csv` and are not repeated. Several processes may work on different seeds.
+Each run pre-trains by VICReg on the embedded digits, or with the images, network and settings of `benchmarks.slimclr`
+on Fashion-MNIST, and evaluates frozen features. A run that was interrupted starts anew; finished ones stand in
+`results/<data>.csv` and are not repeated. Several processes may work on different seeds.
 """
 
 from __future__ import annotations
@@ -22,26 +24,31 @@ from torch import nn
 
 import slimmable
 from benchmarks.measuring import append_rows, read_rows
+from benchmarks.slimclr.run import FOLDER, PLANES, SETS as STUDIES, images_of, network
 from benchmarks.training_data import Kept, features_at_widths, few_of_each, first_of
-from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, load_images
+from slimmable.cli.data import Plain, batches_of
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import build_method
 from slimmable.evaluation import evaluate_features
 from slimmable.gating import calibrate_gates, gate_activity, ungate
 
 HERE = Path(__file__).parent
-PLANES = (8, 16, 32, 64)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
-WIDTHS = {0.1: 0.31, 0.2: 0.44, 0.3: 0.56, 0.4: 0.64, 0.5: 0.69}  # with multiply-adds next to these budgets
+WIDTHS = {  # with multiply-adds next to these budgets
+    "digits": {0.1: 0.31, 0.2: 0.44, 0.3: 0.56, 0.4: 0.64, 0.5: 0.69},
+    "fashion": {0.1: 0.31, 0.2: 0.45, 0.3: 0.54, 0.4: 0.63, 0.5: 0.71},
+}
 GATED = ("gated", "no bias")  # gates as by default, and as published
 ARMS = ("vanilla", "gated", "narrow", "slimmable", "no bias")
 FEW = 10  # labelled images of each class in the probe with few labels
 CALIBRATION = 1024  # training images
-SHARED: dict[str, Any] = {
-    **{"method": "vicreg", "data": "digits", "num_images": 4096, "image_size": 20, "batch_size": 128},
-    **{"epochs": 30, "warmup_epochs": 2.5, "lr": 0.006, "proj_dim": 256, "proj_hidden_dim": 256},
+SETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        **{"method": "vicreg", "data": "digits", "num_images": 4096, "image_size": 20, "batch_size": 128},
+        **{"epochs": 30, "warmup_epochs": 2.5, "lr": 0.006, "proj_dim": 256, "proj_hidden_dim": 256},
+    },
+    "fashion": STUDIES["fashion-vicreg"],
 }
 PROBES = ("knn", "linear", "few")
 FIELDS = ("arm", "budget", "seed", "network", "share", *PROBES, "seconds")
@@ -49,13 +56,13 @@ Views = dict[tuple[int, int], list[torch.Tensor]]
 
 
 class Study:
-    """The runs of one seed, which all see the same images and views."""
+    """The runs of one seed on a set of `SETS`, which all see the same images and views."""
 
-    def __init__(self, seed: int, **more: Any) -> None:
-        self.seed, self.more = seed, more
+    def __init__(self, data: str, seed: int, folder: Path = FOLDER, **more: Any) -> None:
+        self.data, self.seed, self.settings = data, seed, SETS[data] | more
         self.known: Views = {}
-        self.images = load_images(self.configuration())
-        size = (self.images.channels, SHARED["image_size"], SHARED["image_size"])
+        self.images = images_of(self.configuration(), folder=folder)
+        size = (self.images.channels, self.settings["image_size"], self.settings["image_size"])
         self.example = torch.zeros(2, *size)
         self.full = slimmable.profile(self.converted(1.0), size, repeats=0).rows[0].macs
         self.size = size
@@ -63,28 +70,26 @@ class Study:
 
     def configuration(self, **more: Any) -> PretrainConfig:
         """The settings of a run."""
-        return PretrainConfig(**{"seed": self.seed, "widths": (1.0,), **SHARED, **self.more, **more})
+        return PretrainConfig(**{"seed": self.seed, "widths": (1.0,), **self.settings, **more})
 
     def converted(self, *widths: float) -> nn.Module:
         """A new backbone at these widths."""
-        return slimmable.slimify(
-            small_resnet(in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1), zero_init_last=True),
-            widths,
-            example_inputs=self.example,
-        )
+        return slimmable.slimify(self.backbone(), widths, example_inputs=self.example)
+
+    def backbone(self) -> nn.Module:
+        """A new network."""
+        return network(self.data, self.images.channels, PLANES)
 
     def run(self, arm: str, budget: float | None) -> Iterator[dict[str, Any]]:
         """Train and evaluate; yield a row for each network that comes of it."""
         torch.manual_seed(self.seed)
         if arm == "slimmable":
-            config = self.configuration(widths=(1.0, *sorted(WIDTHS.values(), reverse=True)))
+            config = self.configuration(widths=(1.0, *sorted(WIDTHS[self.data].values(), reverse=True)))
         else:
             config = self.configuration(gate_budget=budget if arm in GATED else None)
-        backbone = small_resnet(
-            in_chans=self.images.channels, channels=PLANES, blocks=(1, 1, 1, 1), zero_init_last=True
-        )
+        backbone = self.backbone()
         if arm == "narrow" and budget is not None:
-            width = WIDTHS[budget]
+            width = WIDTHS[self.data][budget]
             backbone = slimmable.extract(self.converted(1.0, width), width)
         method = build_method(config, backbone, self.images.channels, len(self.images.classes))
         if arm == "no bias":
@@ -102,7 +107,7 @@ class Study:
 
     def plain(self, backbone: nn.Module, slim: bool) -> Iterator[dict[str, Any]]:
         """Yield a row for each width."""
-        names = {width: f"{budget}" for budget, width in WIDTHS.items()}
+        names = {width: f"{budget}" for budget, width in WIDTHS[self.data].items()}
         macs = {row.width: row.macs / self.full for row in slimmable.profile(backbone, self.size, repeats=0).rows}
         for width, accuracy in self.accuracies(
             *(self.features(backbone, part) for part in (self.images.train, self.images.test))
@@ -140,7 +145,7 @@ class Study:
         self, train: dict[float, torch.Tensor], test: dict[float, torch.Tensor]
     ) -> dict[float, dict[str, str]]:
         """Return width -> accuracy in % of each probe."""
-        images: Images = self.images
+        images = self.images
         few = few_of_each(images.train_labels, FEW, self.seed)
         labelled = {width: features[few] for width, features in train.items()}
         all_labels = evaluate_features(train, images.train_labels, test, images.test_labels)
@@ -158,16 +163,18 @@ class Study:
 def main() -> None:
     """Do the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=tuple(SETS), default="digits")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--budgets", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of Fashion-MNIST's four files")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
     given = parser.parse_args()
     more: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0.0, "num_images": 512} if given.quick else {}
-    path = given.out / "digits.csv"
+    path = given.out / f"{given.data}.csv"
     for seed in [0] if given.quick else given.seeds:
-        study = Study(seed, **more)
+        study = Study(given.data, seed, given.folder, **more)
         for arm in given.arms:
             for budget in (None,) if arm in ("vanilla", "slimmable") else given.budgets:
                 if (arm, str(budget or ""), str(seed)) in {(r["arm"], r["budget"], r["seed"]) for r in read_rows(path)}:
@@ -176,7 +183,7 @@ def main() -> None:
                 append_rows(path, FIELDS, found)
                 if arm == "gated":
                     line = json.dumps({"budget": budget, "seed": seed, "opened": study.activity})
-                    with (given.out / "activity.jsonl").open("a") as file:
+                    with (given.out / f"{given.data}-activity.jsonl").open("a") as file:
                         file.write(line + "\n")
                 shown = "  ".join(f"{row['network']}: {row['knn']}/{row['linear']} ({row['share']})" for row in found)
                 print(f"seed {seed} {arm} {budget or ''}: {shown}, {found[0]['seconds']} s", flush=True)

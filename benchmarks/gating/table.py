@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.gating.run import BUDGETS, HERE
+from benchmarks.gating.run import BUDGETS, HERE, SETS
 from benchmarks.intervals import interval, shown
 from benchmarks.measuring import markdown, origin, read_rows
 
@@ -154,12 +154,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     given = parser.parse_args()
-    rows = read_rows(given.results / "digits.csv")
-    source = origin(json.loads((given.results / "digits.json").read_text()))
-    (given.results / "table.md").write_text(page(rows, source))
-    plot(rows, given.images / "gating-digits.png")
-    activity = [json.loads(line) for line in (given.results / "activity.jsonl").read_text().splitlines()]
-    plot_channels(activity, given.images / "gating-channels.png")
+    for data in SETS:
+        if rows := read_rows(given.results / f"{data}.csv"):
+            source = origin(json.loads((given.results / f"{data}.json").read_text()))
+            (given.results / f"{data}.md").write_text(page(rows, source))
+            plot(rows, given.images / f"gating-{data}.png")
+            opened = (given.results / f"{data}-activity.jsonl").read_text().splitlines()
+            plot_channels([json.loads(line) for line in opened], given.images / f"gating-{data}-channels.png")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_rows_and_tables(tmp_path):
     text = table.page(rows, "")
     less = float(found["gated", "gated"]["linear"]) - float(found["narrow", "dense"]["linear"])
     assert f"| gated pass minus narrow, alone |  |  |  | {less:+.1f} |  |" in text
-    (entry,) = [json.loads(line) for line in (tmp_path / "activity.jsonl").read_text().splitlines()]
+    (entry,) = [json.loads(line) for line in (tmp_path / "digits-activity.jsonl").read_text().splitlines()]
     assert [len(opened) for opened in entry["opened"].values()] == list(run.PLANES)
     table.plot(rows, tmp_path / "digits.png")
     table.plot_channels([entry], tmp_path / "channels.png")
