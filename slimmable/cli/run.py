@@ -98,13 +98,13 @@ def build_method(
         head, last = {"layers": 3}, {"last_norm": True}
     sizes = (features, classes) if name == "supervised" else (features, hidden, dim)
     projector = kind.projector(*sizes, **head)
-    if start is not None and not differences(projector.state_dict(), start.classifier):
-        projector.load_state_dict(start.classifier)
     for layer in projector.modules():
         if isinstance(layer, nn.Linear) and config.head_std is not None:
             nn.init.normal_(layer.weight, std=config.head_std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    if start is not None and not differences(projector.state_dict(), start.classifier):
+        projector.load_state_dict(start.classifier)
     gated = config.gate_budget is not None
     if gated and len(config.widths) > 1:  # a head that takes the features of every width
         whole = methods.Encoder(copy.deepcopy(backbone), projector)

@@ -96,11 +96,12 @@ def test_narrow_widths_keep_the_channels_with_the_largest_weights(tmp_path):
         torch.testing.assert_close(ordered.encoder(IMAGE), expected(IMAGE), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head_std", [None, 0.01])
 @pytest.mark.parametrize("classes", [7, 5])
-def test_a_classifier_stays_if_the_number_of_classes_fits(tmp_path, classes):
+def test_a_classifier_stays_if_the_number_of_classes_fits(tmp_path, classes, head_std):
     model = plain()
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    method = started(config(init=str(tmp_path / "w.pth"), importance="none"), classes=classes)
+    method = started(config(init=str(tmp_path / "w.pth"), importance="none", head_std=head_std), classes=classes)
     assert method.encoder.projector.weight.shape == (classes, 96)
     assert torch.equal(method.encoder.projector.weight, model.fc.weight) == (classes == 7)
 
