@@ -220,14 +220,10 @@ def check_alike(expected: Tensors, given: Tensors, what: str) -> None:
     """Raise CheckpointError unless the tensors have the expected names, shapes and types, and are finite."""
     if found := differences(expected, given, most=10):
         raise CheckpointError(f"{what} belongs to another model or other widths:{found}")
-    kinds: dict[str, list[str]] = {"of another type": [], "infinite or NaN": []}
-    for name, tensor in expected.items():
-        values = given[name]
-        if values.dtype != tensor.dtype:
-            kinds["of another type"].append(f"{name} {values.dtype}, expected {tensor.dtype}")
-        if tensor.isfinite().all() and not values.isfinite().all():
-            kinds["infinite or NaN"].append(name)
-    if found := listing(kinds, 10):
+    pairs = [(name, own, given[name]) for name, own in expected.items()]
+    types = [f"{name} {its.dtype}, expected {own.dtype}" for name, own, its in pairs if its.dtype != own.dtype]
+    broken = [name for name, own, its in pairs if own.isfinite().all() and not its.isfinite().all()]
+    if found := listing({"of another type": types, "infinite or NaN": broken}, 10):
         raise CheckpointError(f"{what} holds what no training leaves:{found}")
 
 
