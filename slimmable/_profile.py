@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from slimmable._checks import check_flags, check_function, check_whole, checked, shown
+from slimmable._checks import check_flags, check_function, check_share, check_whole, checked, shown
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size, output_tensors
 from slimmable._modules import in_eval_mode
@@ -256,6 +256,7 @@ def search(
     """
     check_function("search", evaluate=evaluate)
     check_flags("search", progress=progress)
+    check_share("search", step=step)
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
     if len(plans) != 1:
         raise ConversionError(f"{type(model).__name__} has {len(plans)} parts that slimify converted; search needs one")
@@ -266,8 +267,6 @@ def search(
         raise UsageError(f"search: of={of!r} is unknown; use 'macs', 'parameters' or 'latency'")
     if table is not None and of != "latency":
         raise UsageError(f"search: a table is for of='latency', not of={of!r}; got {table!r:.80}")
-    if not 0 < number_or_nan(step) < 1:
-        raise UsageError(f"search: step must be in (0, 1), got {step!r}")
     if of == "latency" and not hasattr(table, "predict"):  # imported late, since that room looks at costs, too
         kind = import_module("slimmable.deploy.latency").LatencyTable
         table = kind.measure(model) if table is None else kind.load(table)

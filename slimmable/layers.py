@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from slimmable._checks import BY_NAME, check_flags, check_rounding, checked, shown
+from slimmable._checks import BY_NAME, check_flags, checked, shown
 from slimmable._modules import twin_of
 from slimmable._widths import Kept, check_widths, disjoint_starts, kept_of, kept_units
 from slimmable.errors import ConversionError, InputError, SlimmableError
@@ -266,13 +266,12 @@ class _SwitchableBatchNorm(Explained, SwitchableNorm):
         self._fill(norm, widths, slim, rounding)
 
     def _fill(self, norm: _BatchNorm, widths: Iterable[float], slim: bool, rounding: str) -> None:
-        check_flags(type(self).__name__, slim=slim)
-        check_rounding(type(self).__name__, rounding=rounding)
         known, size = check_widths(widths), norm.num_features
         kept = [kept_units(size, width, rounding=rounding) if slim and width < 1 else None for width in known]
         SwitchableNorm.__init__(self, norm, known, kept)
 
     @classmethod
+    @checked
     def from_plain(
         cls: type[Norm], module: nn.Module, widths: Iterable[float], *, slim: bool = True, rounding: str = "nearest"
     ) -> Norm:
