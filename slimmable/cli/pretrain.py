@@ -4,7 +4,7 @@ import copy
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -320,8 +320,8 @@ def _train(training: Training, folder: Path, options: Pretrain) -> None:
     columns += [] if gates is None else [named_at("gated_share", width) for width in config.widths]
     usual = 0 if gates is None else max(1, config.epochs // 10)
     every = (usual if options.knn_every is None else options.knn_every) * training.steps_per_epoch
-    with on_signals(lambda number: stop(number) if asked else asked.append(number)), ExitStack() as ends:
-        progress = Progress(ends, training.steps, training.step, training.steps_per_epoch, options.quiet or rank() > 0)
+    progress = Progress(training.steps, training.step, training.steps_per_epoch, options.quiet or rank() > 0)
+    with on_signals(lambda number: stop(number) if asked else asked.append(number)), progress.bar:
         log = csv_log(folder / "losses.csv", columns, training.step) if rank() == 0 else None
         watch = Watch(training, folder) if every and rank() == 0 else None
         while training.step < training.steps:

@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -166,13 +165,12 @@ def logged_rows(path: Path, last: int) -> list[dict[str, str]]:
 
 
 class Progress:
-    """Progress of a run as a bar on a terminal, until `ends` close, and otherwise as a line after each epoch."""
+    """Progress of a run: on a terminal a `bar`, closed by a `with` block, and otherwise a line after each epoch."""
 
-    def __init__(self, ends: ExitStack, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
+    def __init__(self, steps: int, done: int, steps_per_epoch: int, quiet: bool = False) -> None:
         self.steps, self.done, self.steps_per_epoch, self.quiet = steps, done, steps_per_epoch, quiet
         self.since = time.monotonic()  # the start of the epoch
         self.bar: Any = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=quiet or None)
-        ends.callback(self.bar.close)
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -3,7 +3,6 @@
 import csv
 import io
 import sys
-from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, strategies as st
@@ -119,8 +118,8 @@ def test_report_replaces_the_previous_one(tmp_path):
 
 
 def test_plain_lines_after_every_epoch(capsys):
-    with ExitStack() as ends:
-        progress = Progress(ends, steps=6, done=2, steps_per_epoch=2)
+    progress = Progress(steps=6, done=2, steps_per_epoch=2)
+    with progress.bar:
         for _ in range(4):
             progress.advance({1.0: 2.5, 0.5: 2.75})
     lines = capsys.readouterr().out.splitlines()
@@ -135,8 +134,8 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with ExitStack() as ends:
-        progress = Progress(ends, steps=4, done=1, steps_per_epoch=2)
+    progress = Progress(steps=4, done=1, steps_per_epoch=2)
+    with progress.bar:
         for _ in range(3):
             progress.advance({1.0: 2.5})
     assert "4/4" in terminal.getvalue()
