@@ -299,9 +299,8 @@ def fake_quantize(op: Operation) -> None:
     if fused and op["per_row_fake_quant"] and not op["running_min"].numel():
         op.pins("self", axis, "its observer has seen nothing yet; run the model once before it is converted")
     elif not fused or op["per_row_fake_quant"]:
-        for name in ("running_min", "running_max", "scale", "zero_point"):
-            if name in op:
-                op.same("self", axis, name, 0)
+        for name in {"running_min", "running_max", "scale", "zero_point"} & op.tensors.keys():
+            op.same("self", axis, name, 0)
 
 
 @_rule_of("_softmax _log_softmax _safe_softmax")
@@ -376,11 +375,14 @@ def index(op: Operation) -> None:
     rest[front:front] = [None] * picked  # now the axes of what is read or written; those of the indices are None
     if "values" in op:
         op.keeps("self", *used)
-    for number, own in enumerate(rest):
-        if own is not None and "values" not in op:
+        for axis, own in zip(range(-1, -1 - op["values"].ndim, -1), reversed(rest), strict=False):
+            if own is None:
+                op.pins("values", axis, "is written at indices")
+            else:
+                op.moves("values", axis, to=own)
+    for number, own in enumerate(rest if "values" not in op else ()):
+        if own is not None:
             op.moves("self", own, to=number)
-        elif own is not None and len(rest) - number <= op["values"].ndim and op["values"].shape[number - len(rest)] > 1:
-            op.moves("values", number - len(rest), to=own)
     for i, part in indices:
         for number in range(part.ndim):
             if "values" in op:
@@ -401,8 +403,7 @@ def embedding(op: Operation) -> None:
 @_rule_of("grid_sampler_2d grid_sampler_3d")
 def grid_sample(op: Operation) -> None:
     """Each image is read at the places of its own grid."""
-    op.moves("input", 0, to=0)
-    op.moves("input", 1, to=1)
+    op.keeps("input", *range(2, op["input"].ndim))
     for axis in range(op["grid"].ndim - 1):
         op.moves("grid", axis, to=axis + 1 if axis else 0)
 
@@ -420,12 +421,11 @@ def cdist(op: Operation) -> None:
 def loss(op: Operation) -> None:
     """A loss of each number or, if `reduction` is not 0, of all of them together."""
     for name in (name for name in op.tensors if op[name].ndim == op["self"].ndim):
-        for axis in range(op["self"].ndim):
-            if op["reduction"] == 0:
-                op.moves(name, axis, to=axis)
-            else:
-                op.same("self", axis, name, axis)
-                op.mixes(name, axis)
+        if op["reduction"] == 0:
+            op.keeps(name)
+        for axis in range(op["self"].ndim) if op["reduction"] else ():
+            op.same("self", axis, name, axis)
+            op.mixes(name, axis)
 
 
 @_rule_of("_grouped_mm")
@@ -459,7 +459,9 @@ def deform_conv2d(op: Operation) -> None:
     for axis in (2, 3):
         op.pins("input", axis, NEIGHBOURS)
         op.pins("weight", axis, "is the kernel of a convolution")
-    if op["groups"] == op["offset_groups"] == 1:
+    if (ids := op._axis("input", 1)[1]) is not None:  # those read at other positions shrink alike
+        op._context.labels.merge_rows(ids.reshape(op["offset_groups"], -1).T)
+    if op["groups"] == 1:
         op.contracts("input", 1, "weight", 1, times=op["weight"][0, 0].numel())
         op.makes("weight", 0, to=1)
         op.same("weight", 0, "bias", 0)

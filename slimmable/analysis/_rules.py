@@ -461,8 +461,7 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     axes[1] = ctx.merge(axes[1], *(ctx.axes(tensor)[0] for tensor in tensors(args[1:3])))
     if axes[1] is not None and groups > 1:
         given = ctx.call.argument(1, "num_groups")
-        shape = (groups, len(axes[1]) // groups)
-        carried = ctx.split(axes[1], shape, [groups if given is None else given, None])
+        carried = ctx.split(axes[1], (groups, len(axes[1]) // groups), [groups if given is None else given, None])
         ctx.constrain(given, carried[0], groups)
     for ids in axes[1:]:
         ctx.meet(ids)

@@ -96,3 +96,26 @@ def test_an_extracted_activation_tells_its_parameters():
     net = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 2), nn.PReLU())
     small = slimmable.extract(slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.randn(2, 4)), 0.5)
     assert [each.num_parameters for each in small if isinstance(each, nn.PReLU)] == [4, 1]
+
+
+class Sparse(nn.Module):
+    """Attention of the queries that choose most clearly (Informer); all others get the mean of the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.out = 4, nn.Linear(32, 5)
+        self.q, self.k, self.v = nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(6, 32)
+
+    def forward(self, x):
+        size, steps, _ = x.shape
+        q, k, v = (layer(x).view(size, steps, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-2, -1)
+        chosen = (scores.amax(-1) - scores.mean(-1)).topk(3, sorted=False)[1]
+        at = torch.arange(size)[:, None, None], torch.arange(self.heads)[None, :, None], chosen
+        seen = v.mean(-2, keepdim=True).expand(-1, -1, steps, -1).clone()
+        seen[(*at, slice(None))] = (q[at] @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(seen.transpose(1, 2).reshape(size, steps, -1))
+
+
+def test_what_is_written_at_indices_stays_full_only_along_their_axes():
+    assert half(checked(made(Sparse()), torch.randn(2, 8, 6, dtype=torch.float64))) < 0.6

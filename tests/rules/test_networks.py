@@ -98,13 +98,14 @@ def conv(i: int, o: int) -> nn.Conv2d:
     return nn.Conv2d(i, o, 3, padding=1)
 
 
-def test_deformable_convolutions():
+@pytest.mark.parametrize("sets", [1, 2])  # of offsets, each for its own part of the channels
+def test_deformable_convolutions(sets):
     ops = pytest.importorskip("torchvision.ops")
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.offset, self.mask = conv(3, 16), conv(16, 18), conv(16, 9)
+            self.a, self.offset, self.mask = conv(3, 16), conv(16, 18 * sets), conv(16, 9 * sets)
             self.b, self.fc = ops.DeformConv2d(16, 24, 3, padding=1), nn.Linear(24, 5)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -112,8 +113,8 @@ def test_deformable_convolutions():
             return self.fc(self.b(x, self.offset(x), self.mask(x).sigmoid()).relu().mean((2, 3)))
 
     plan = holds(Net(), torch.randn(2, 3, 8, 8))
-    assert plan.channels.units == (16, 24)
-    assert plan.tensors["b", "weight"][-1][:2] == [12, 8]
+    assert plan.channels.units == (16 // sets, 24)
+    assert plan.tensors["b", "weight"][-1][:2] == [12, 8 if sets == 1 else (*range(4), *range(8, 12))]
     assert {pin.axis[0] for pin in plan.pins} == {"offset", "mask", "fc"}
 
 
