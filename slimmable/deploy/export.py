@@ -119,7 +119,7 @@ def export(
                     own = extract(network, each) if each is not None and batches else network
                     traced.append(programs.trace(own, three))
             any_batch = all(each.range_constraints for each in traced)  # the number of images has a range
-            names = programs.names_of(network, traced[0], three)
+            names = programs.names_of(network, traced[0], one)
             if kind == "pt2" and width is None:
                 program = programs.save_programs(traced, chosen, aside)
             elif kind == "pt2":
@@ -133,8 +133,8 @@ def export(
                 if single:
                     program = onnx.save_onnx(written[0], aside)
                 else:
-                    rows = profile(network, example_inputs=batch_of(network, three, 1), repeats=0).rows
-                    program = onnx.save_joined(written, aside, chosen, {row.width: row.macs for row in rows})
+                    macs = {row.width: row.macs for row in profile(network, example_inputs=one, repeats=0).rows}
+                    program = onnx.save_joined(written, aside, names, {each: macs.get(each) for each in chosen})
         offs = []
         for each in runs:
             with nullcontext() if each is None else at_width(network, each):

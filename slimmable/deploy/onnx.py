@@ -34,13 +34,13 @@ def save_onnx(written: Any, path: Path) -> Program:
     return load_onnx(path)
 
 
-def save_joined(written: Sequence[Any], path: Path, widths: Sequence[float], macs: Mapping[float, int]) -> Program:
-    """Write `ONNXProgram`s of these widths, which are taken apart, as one; return it, called with one as `width`."""
-    about = {"widths": [*widths], "macs": [macs.get(width) for width in widths]}
-    written[0].model = _join([each.model for each in written], about)
+def save_joined(written: Sequence[Any], path: Path, names: Names, macs: Mapping[float, int | None]) -> Program:
+    """Write `ONNXProgram`s of the widths of `macs`, which are taken apart, as one; it is called with one as `width`."""
+    about = {"widths": [*macs], "macs": [*macs.values()]}
+    written[0].model = _join([each.model for each in written], names, about)
     written[0].save(path)
     run = load_onnx(path)
-    return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor(widths.index(width)))
+    return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor([*macs].index(width)))
 
 
 def to_onnx(program: ExportedProgram, names: Names | None = None, optimize: bool = True) -> Any:
@@ -169,7 +169,7 @@ def _tidy(model: Any) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
+def _join(models: Sequence[Any], names: Names, about: Mapping[str, object]) -> Any:
     """Return one `onnx_ir` model of several with the same inputs, one per width, which are taken apart.
 
     One more input, `width`, is a position in the list of widths. Each program becomes a branch of an `If`, and cuts its
@@ -179,12 +179,13 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
     onnxruntime lay out for its fastest convolutions.
     """
     ir = require("onnx_ir", "onnxscript", extra="onnx")
-    inputs = [ir.Value(name=each.name, shape=each.shape, type=each.type) for each in models[0].graph.inputs]
-    if any(each.name == SELECTOR for each in inputs):
+    given = zip(names[0], models[0].graph.inputs, strict=True)  # an output may be an input, which has its name
+    inputs = [ir.Value(name=name, shape=each.shape, type=each.type) for name, each in given]
+    if SELECTOR in names[0]:
         raise UsageError(f"the model has an input named {SELECTOR!r}, as the one that chooses the width; rename it")
     chosen = ir.Value(name=SELECTOR, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     shared = _Shared(ir)
-    ends = [[(each.name, each.shape, each.type) for each in model.graph.outputs] for model in models]
+    ends = [[(each.shape, each.type) for each in model.graph.outputs] for model in models]
     branches = [_branch(model, inputs, shared, f"{at}/") for at, model in enumerate(models)]
     place = ir.node("Gather", [shared.integers([*range(len(models))]), chosen])  # refuses positions that there are not
     place.outputs[0].name = "position"
@@ -196,11 +197,11 @@ def _join(models: Sequence[Any], about: Mapping[str, object]) -> Any:
         graphs = {name: ir.Graph([], own, nodes=of, name=name) for name, (of, own) in ways.items()}
         choice = ir.node("If", same.outputs, graphs, num_outputs=len(outputs))
         nodes, outputs = [same, choice], list(choice.outputs)
-        for value, *each in zip(outputs, *ends, strict=True):
-            value.name, value.type = f"{each[0][0]} from {len(branches)}", each[0][2]
-            axes = zip(*(shape for _, shape, _ in each), strict=True)  # those that follow the width have no size
+        for value, name, *each in zip(outputs, names[1], *ends, strict=True):
+            value.name, value.type = f"{name} from {len(branches)}", each[0][1]
+            axes = zip(*(shape for shape, _ in each), strict=True)  # those that follow the width have no size
             value.shape = ir.Shape([sizes[0] if len(set(map(str, sizes))) == 1 else None for sizes in axes])
-    for value, (name, *_) in zip(outputs, ends[0], strict=True):
+    for value, name in zip(outputs, names[1], strict=True):
         value.name = name
     opsets = {domain: version for model in models for domain, version in model.opset_imports.items()}
     held = {"initializers": list(shared.values.values()), "opset_imports": opsets, "name": "all widths"}
@@ -254,8 +255,7 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
     ir.convenience.replace_all_uses_with(list(graph.inputs), list(inputs), replace_graph_outputs=True)
     for value in initializers:
         constant = shared.constant(value.name, value.const_value)
-        users = [(user, place) for user, place in value.uses() if not fixed.issuperset(user.outputs)]
-        users = [(user, place) for user, place in users if user.op_type not in _PRODUCTS]
+        users = [(of, at) for of, at in value.uses() if not (of.op_type in _PRODUCTS or fixed.issuperset(of.outputs))]
         local = constant.shape or any(user.op_type in _INT8 for user, _ in users)
         if users and local and constant.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
             first.append(ir.node("Reshape", [constant, shared.integers([*constant.shape.numpy()])]))

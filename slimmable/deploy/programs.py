@@ -72,9 +72,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     return program
 
 
-def names_of(model: nn.Module, program: ExportedProgram, example_inputs: Any) -> Names:
+def names_of(model: nn.Module, program: ExportedProgram, example: Inputs) -> Names:
     """Return names for a program's inputs and outputs, as `export` says; of several, such as `logits`, `output.0`."""
-    example = batch_of(model, example_inputs, 1)
     inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]  # others are constants
     if not example.kwargs and [tensor.ndim for tensor in tensors(example.args)] == [4]:
         inputs = ["images"]

@@ -341,6 +341,32 @@ def test_a_single_width_has_all_its_constants(calibrated, tmp_path):
     assert (found - expected).abs().max() <= (0.1 if calibrated else 1e-5) * expected.abs().max()
 
 
+class Autoencoder(nn.Module):
+    """Returns its input beside what it makes of it, for a loss, and one tensor under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 32), nn.Linear(32, 6)
+
+    def forward(self, x):
+        made = self.decoder(self.encoder(x).relu())
+        return {"made": made, "x": x, "again": made}
+
+
+def test_outputs_may_be_inputs_or_the_same(tmp_path):
+    runtime, example = pytest.importorskip("onnxruntime"), torch.randn(2, 6)
+    slim, path = slimmable.slimify(Autoencoder().eval(), WIDTHS, example_inputs=example), tmp_path / "net.onnx"
+    slimmable.export(slim, path, example_inputs=example)
+    session = runtime.InferenceSession(path)
+    assert [each.name for each in session.get_inputs()] == ["x", "width"]
+    assert [each.name for each in session.get_outputs()] == ["made", "output.x", "again"]
+    for at, width in enumerate(WIDTHS):
+        found = session.run(None, {"x": example.numpy(), "width": np.array(at)})
+        with slimmable.at_width(slim, width):
+            for got, right in zip(map(torch.from_numpy, found), slim(example).values(), strict=True):
+                assert oracles.difference(got, right) <= 1e-5
+
+
 def test_all_widths_as_safetensors(tmp_path):
     net, example = resnet()
     slim = oracles.randomise(slimmable.slimify(net.eval(), WIDTHS, example_inputs=example), seed=1)
