@@ -344,6 +344,8 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """An axis of a new tensor follows the size that was asked for; if values depend on their position, in order."""
     asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
+    alike = ctx.call.name.rstrip("_") in ("pad", "feature_dropout", "feature_alpha_dropout")
+    like = ctx.call.args[0] if alike else out
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
     if asked and ctx.operation == "arange":
         names = ("start", "end", "step") if len(ctx.call.args) > 1 else ("end",)
@@ -352,9 +354,9 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         given = [end if (start, step) == (0, 1) else -((start - end) // step)]
     traced = {int(size): size for size in given if isinstance(size, TracedInt)}
     axes: list[Ids | None] = []
-    for units in out.shape:
+    for units, known, own in zip(out.shape, like.shape, ctx.axes(like), strict=True):
         size = traced.get(int(units))
-        ids: Ids | None = None
+        ids = own if units == known else None
         if size is not None:
             if ctx.operation != "randperm":
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))

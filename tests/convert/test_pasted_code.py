@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -62,6 +63,35 @@ def test_weights_that_the_forward_replaces_stay_full():
     assert "the forward replaces its data" in str(plan)
     assert small[2].weight.shape == (16, 32)
     assert small[4].weight.shape == (16, 16)
+
+
+class Calls(nn.Module):
+    def __init__(self, called):
+        super().__init__()
+        self.called = called
+
+    def forward(self, x):
+        return self.called(x)
+
+
+ALWAYS = {"p": 1e-9, "training": True}  # dropout in eval mode too, to estimate uncertainty
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        lambda x: F.pad(x, (1, 1, 2, 0), mode="circular"),
+        lambda x: F.dropout2d(x, **ALWAYS),
+        lambda x: F.dropout2d(x, inplace=True, **ALWAYS),
+        lambda x: F.feature_alpha_dropout(x, **ALWAYS),
+    ],
+    ids=["circular padding", "dropout of channels", "in place", "of alpha"],
+)
+def test_what_an_operation_makes_inside_has_the_units_of_its_input(called):
+    """torch fills a new tensor, whose size nobody asked for, from the input."""
+    body = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), Calls(called), nn.Conv2d(16, 32, 3), nn.ReLU()
+    model = made(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)))
+    assert half(checked(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))) < 0.35
 
 
 class MaxNorm(nn.Module):
