@@ -157,12 +157,10 @@ def load_onnx(path: Path) -> Program:
 
 def _tidy(model: Any) -> None:
     """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay."""
-    ir, passes = (require(name, "onnxscript", extra="onnx") for name in ("onnx_ir", "onnx_ir.passes.common"))
+    needed = ("onnx_ir.passes.common", "onnxscript.optimizer")
+    passes, optimizer = (require(name, "onnxscript", extra="onnx") for name in needed)
     passes.InlinePass()(model)
-    for node in list(model.graph):  # zeros cast to the type of the input, for a missing bias, are constant
-        if node.op_type == "CastLike" and node.inputs[1].dtype is not None:
-            cast = ir.node("Cast", node.inputs[:1], {"to": node.inputs[1].dtype})
-            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=lambda node: False)  # shorter forms
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateHashedInitializersPass()(model)  # of any size
     passes.CommonSubexpressionEliminationPass()(model)

@@ -46,6 +46,18 @@ class Placed(nn.Module):
         return images
 
 
+class Rotated(nn.Module):
+    """Takes each of four heads apart, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 64), nn.Linear(64, 4)
+
+    def forward(self, input):
+        first, second = self.first(input).reshape(*input.shape[:2], 4, -1).chunk(2, -1)
+        return self.last(torch.cat([-second, first.sin()], -1).flatten(2))
+
+
 class Heads(nn.Module):
     """Adds a buffer that is not saved, of which narrow widths keep the first units of each of four heads."""
 
@@ -70,6 +82,10 @@ def pair():
 
 def keywords():
     return Pair(), {"features": torch.rand(2, 4), "tokens": torch.randint(0, 9, (2, 5))}
+
+
+def rotated():
+    return Rotated(), torch.rand(4, 7, 6)
 
 
 def placed():
@@ -109,13 +125,14 @@ def bert():
 
 
 KINDS = {
-    **{make.__name__: make for make in (mlp, pair, keywords, placed, heads, resnet, features)},
+    **{make.__name__: make for make in (mlp, pair, keywords, rotated, placed, heads, resnet, features)},
     **{make.__name__: make for make in (convnext, vit, torchvision_net, bert)},
 }
 NAMES = {
     "pair": ["tokens", "features", "scale"],
     "bert": ["input_ids", "attention_mask"],
     "mlp": ["input"],
+    "rotated": ["input"],
     "heads": ["input"],
 }
 
