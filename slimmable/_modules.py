@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 Layer = TypeVar("Layer", bound=nn.Module)
 _ABSENT = object()
@@ -42,6 +43,12 @@ def swapped(new: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
                 store.pop(name, None)
             else:
                 store[name] = value
+
+
+def trust_distributions(after: ExitStack) -> None:
+    """Keep distributions from checking, and so from branching on, the numbers of their parameters, until `after`."""
+    after.callback(Distribution.set_default_validate_args, Distribution._validate_args)
+    Distribution.set_default_validate_args(False)
 
 
 def walk(modules: Iterable[nn.Module], enters: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import Arguments, is_index, map_tensors, output_tensors, tensors
-from slimmable._modules import swapped
+from slimmable._modules import swapped, trust_distributions
 from slimmable._reach import PROCESS, KnownNumbers, Reach, ReadInMemory, fits, know
 
 _NOT_COPIED = (types.GeneratorType, io.IOBase, type(threading.Lock()), type(threading.RLock()))
@@ -142,9 +142,7 @@ def layers_in_parts() -> Iterator[None]:
         was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         after.callback(torch.use_deterministic_algorithms, was, warn_only=warns)
         torch.use_deterministic_algorithms(False)  # which would split resampling
-        kind = torch.distributions.Distribution
-        after.callback(kind.set_default_validate_args, kind._validate_args)
-        kind.set_default_validate_args(False)  # else they branch on the numbers of their parameters
+        trust_distributions(after)
         after.callback(mkldnn.set_flags, mkldnn.set_flags(_enabled=False)[0])  # type: ignore[no-untyped-call]
         yield
 

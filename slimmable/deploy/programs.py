@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from slimmable._checks import check_path
 from slimmable._inputs import Inputs, example_of, named_tensors, output_tensors, tensors
-from slimmable._modules import swapped
+from slimmable._modules import swapped, trust_distributions
 from slimmable._widths import width_index
 from slimmable.errors import CheckpointError, SlimmableError, explained
 
@@ -110,11 +110,12 @@ def difference(model: nn.Module, program: Program, *batches: Any) -> float:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings and log messages, which are meant for developers of torch."""
+    """Suppress warnings and log messages, which are meant for developers of torch, and checks of distributions."""
     with warnings.catch_warnings(), ExitStack() as after:
         warnings.simplefilter("ignore")
         after.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)
+        trust_distributions(after)
         yield
 
 

@@ -92,6 +92,22 @@ def placed():
     return Placed(), torch.rand(4, 40, 40)
 
 
+class Policy(nn.Module):
+    """Of an actor: a distribution made in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 64), nn.Tanh()), nn.Linear(64, 3)
+
+    def forward(self, input):
+        chosen = torch.distributions.Categorical(logits=self.head(self.body(input)))
+        return chosen.probs, chosen.entropy()
+
+
+def policy():
+    return Policy(), torch.rand(5, 4)
+
+
 def heads():
     return Heads(), torch.rand(4, 8)
 
@@ -125,13 +141,14 @@ def bert():
 
 
 KINDS = {
-    **{make.__name__: make for make in (mlp, pair, keywords, rotated, placed, heads, resnet, features)},
+    **{make.__name__: make for make in (mlp, pair, keywords, policy, rotated, placed, heads, resnet, features)},
     **{make.__name__: make for make in (convnext, vit, torchvision_net, bert)},
 }
 NAMES = {
     "pair": ["tokens", "features", "scale"],
     "bert": ["input_ids", "attention_mask"],
     "mlp": ["input"],
+    "policy": ["input"],
     "rotated": ["input"],
     "heads": ["input"],
 }
