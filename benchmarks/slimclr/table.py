@@ -67,11 +67,11 @@ def probes(rows: Sequence[Row], arm: str) -> str:
 
 
 def costs(rows: Sequence[Row], arms: Sequence[str]) -> str:
-    """Return what one set of all widths takes to train: alone, the sum over four trainings."""
+    """Return what one set of all widths takes to train: of networks that stand alone, the sum over four trainings."""
     lines = []
     base: list[float] = []
     for arm in arms:
-        per_width = [WIDTHS[0]] if arm != "alone" else WIDTHS
+        per_width = WIDTHS if arm in ("alone", "two stages") else WIDTHS[:1]
         macs, seconds = (
             [sum(values) for values in zip(*(values_of(rows, arm, w, c).values() for w in per_width), strict=True)]
             for c in ("gmacs", "seconds")
@@ -93,7 +93,7 @@ def gradients(rows: Sequence[Row], arms: Sequence[str]) -> str:
         (arm, *(shown(list(values_of(rows, arm, w, column).values()), 2) for column in names for w in (0.5, 0.25)))
         for arm in arms
     ]
-    return markdown(header, lines)
+    return markdown(header, [line for line in lines if any(line[1:])])
 
 
 def page(data: str, rows: Sequence[Row], source: str) -> str:
@@ -110,14 +110,14 @@ def page(data: str, rows: Sequence[Row], source: str) -> str:
 
 
 def plot(data: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy over multiply-adds of the arms."""
+    """Draw accuracy over width of the arms with three seeds or more."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, name) in zip(figure.subplots(1, 2), list(PROBES.items())[:2], strict=True):
         for arm in (arm for arm in arms_of(data) if arm != "labels"):
             values = [list(values_of(rows, arm, width, column).values()) for width in WIDTHS]
-            if not all(values):
+            if min(map(len, values)) < 3:
                 continue
             style = "--" if arm == "alone" else "-"
             means, errors = [fmean(each) for each in values], [interval(each) for each in values]
