@@ -299,8 +299,9 @@ def fake_quantize(op: Operation) -> None:
     if fused and op["per_row_fake_quant"] and not op["running_min"].numel():
         op.pins("self", axis, "its observer has seen nothing yet; run the model once before it is converted")
     elif not fused or op["per_row_fake_quant"]:
-        for name in {"running_min", "running_max", "scale", "zero_point"} & op.tensors.keys():
-            op.same("self", axis, name, 0)
+        for name in ("running_min", "running_max", "scale", "zero_point"):
+            if name in op:
+                op.same("self", axis, name, 0)
 
 
 @_rule_of("_softmax _log_softmax _safe_softmax")
