@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import slimmable
-from benchmarks.gating.run import SHARED
+from benchmarks.gating.run import SETS
 from benchmarks.measuring import compare, interleaved, markdown, origin, read_results, write_result
 from benchmarks.training_data import first_of
 from slimmable._small_resnet import small_resnet
@@ -41,7 +41,7 @@ ANY = 1e-9  # share of the images
 
 def trained(**more: Any) -> tuple[nn.Module, Tensor]:
     """Return a small gated ResNet, trained on digits and calibrated to the budget, and images that it has not seen."""
-    config = PretrainConfig(**{"widths": (1.0,), **SHARED, "gate_budget": BUDGET, **more})
+    config = PretrainConfig(**{"widths": (1.0,), **SETS["digits"], "gate_budget": BUDGET, **more})
     images = load_images(config)
     torch.manual_seed(config.seed)
     method = build_method(
