@@ -12,11 +12,13 @@ from slimmable import at_width, widths_of
 from slimmable.cli.data import Plain, Views
 from slimmable.cli.evaluation import features_in
 
+Known = dict[tuple[int, int], list[torch.Tensor]]  # views and a label, by image and draw
+
 
 class Kept(Views):
     """Views that are drawn once and kept, as bytes, for the next run with the same seed: all arms see the same ones."""
 
-    def __init__(self, views: Views, known: dict[tuple[int, int], list[torch.Tensor]]) -> None:
+    def __init__(self, views: Views, known: Known) -> None:
         super().__init__(views.images, views.labels, views.transforms, views.seed)
         self.known = known
 

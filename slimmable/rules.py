@@ -381,9 +381,10 @@ def index(op: Operation) -> None:
                 op.pins("values", axis, "is written at indices")
             else:
                 op.moves("values", axis, to=own)
-    for number, own in enumerate(rest if "values" not in op else ()):
-        if own is not None:
-            op.moves("self", own, to=number)
+    else:
+        for number, own in enumerate(rest):
+            if own is not None:
+                op.moves("self", own, to=number)
     for i, part in indices:
         for number in range(part.ndim):
             if "values" in op:

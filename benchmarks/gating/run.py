@@ -25,7 +25,7 @@ from torch import nn
 import slimmable
 from benchmarks.measuring import append_rows, read_rows
 from benchmarks.slimclr.run import FOLDER, PLANES, SETS as STUDIES, images_of, network
-from benchmarks.training_data import Kept, features_at_widths, few_of_each, first_of
+from benchmarks.training_data import Kept, Known, features_at_widths, few_of_each, first_of
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Plain, batches_of
 from slimmable.cli.pretrain import Training
@@ -52,7 +52,6 @@ SETS: dict[str, dict[str, Any]] = {
 }
 PROBES = ("knn", "linear", "few")
 FIELDS = ("arm", "budget", "seed", "network", "share", *PROBES, "seconds")
-Views = dict[tuple[int, int], list[torch.Tensor]]
 
 
 class Study:
@@ -60,7 +59,7 @@ class Study:
 
     def __init__(self, data: str, seed: int, folder: Path = FOLDER, **more: Any) -> None:
         self.data, self.seed, self.settings = data, seed, SETS[data] | more
-        self.known: Views = {}
+        self.known: Known = {}
         self.images = images_of(self.configuration(), folder=folder)
         size = (self.images.channels, self.settings["image_size"], self.settings["image_size"])
         self.example = torch.zeros(2, *size)

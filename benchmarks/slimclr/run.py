@@ -29,7 +29,7 @@ import slimmable
 from benchmarks.glyphs import glyphs
 from benchmarks.measuring import append_rows, read_rows
 from benchmarks.runtime.training import read
-from benchmarks.training_data import Kept, features_at_widths, few_of_each
+from benchmarks.training_data import Kept, Known, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, load_images
@@ -101,9 +101,6 @@ PROBES = ("knn", "linear", "slimmable", "ridge")
 GRADIENTS = {"rest": "rest_ratio/w{0}", "rest_total": "rest_ratio_total/w{0}", "cosine": "grad_cosine_total/w1.0_w{0}"}
 EVERY = 20  # steps between two looks at the gradients
 FIELDS = ("arm", "seed", "width", *PROBES, "few", "seconds", "gmacs", "steps", *GRADIENTS)
-
-
-Known = dict[tuple[int, int], list[torch.Tensor]]  # views by image and draw, see `Kept`
 
 
 @dataclass

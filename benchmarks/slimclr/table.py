@@ -110,15 +110,17 @@ def page(data: str, rows: Sequence[Row], source: str) -> str:
 
 
 def plot(data: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy over width of the arms with three seeds or more."""
+    """Draw accuracy over width of the arms with three seeds or more, if there are any."""
     from matplotlib.figure import Figure
 
+    seeds = {arm: min(len(values_of(rows, arm, width, "linear")) for width in WIDTHS) for arm in arms_of(data)}
+    arms = [arm for arm, count in seeds.items() if count >= 3 and arm != "labels"]
+    if not arms:
+        return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, name) in zip(figure.subplots(1, 2), list(PROBES.items())[:2], strict=True):
-        for arm in (arm for arm in arms_of(data) if arm != "labels"):
+        for arm in arms:
             values = [list(values_of(rows, arm, width, column).values()) for width in WIDTHS]
-            if min(map(len, values)) < 3:
-                continue
             style = "--" if arm == "alone" else "-"
             means, errors = [fmean(each) for each in values], [interval(each) for each in values]
             axes.errorbar(WIDTHS, means, errors, linestyle=style, marker="o", markersize=3, capsize=2, label=arm)

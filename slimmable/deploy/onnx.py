@@ -156,11 +156,11 @@ def load_onnx(path: Path) -> Program:
 
 
 def _tidy(model: Any) -> None:
-    """Drop what a program of `onnx_ir` computes twice; what its weights go through must stay."""
+    """Write a program of `onnx_ir` in its shortest form; what its weights go through must stay."""
     needed = ("onnx_ir.passes.common", "onnxscript.optimizer")
     passes, optimizer = (require(name, "onnxscript", extra="onnx") for name in needed)
     passes.InlinePass()(model)
-    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=lambda node: False)  # shorter forms
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=lambda node: False)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateHashedInitializersPass()(model)  # of any size
     passes.CommonSubexpressionEliminationPass()(model)
