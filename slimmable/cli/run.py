@@ -58,6 +58,8 @@ def new_method(
         taught = output_for(images, teacher, str(config.teacher))
         check_matrices(f"--teacher {config.teacher}", output=taught)
         classes = taught.shape[1]
+        if start is not None and config.teach != "scores":  # perhaps it learns from the network that it starts from
+            start = replace(start, classifier={"weight": torch.eye(classes), "bias": torch.zeros(classes)})
     method = build_method(config, backbone, channels, classes, start)
     if teacher is None:
         return method

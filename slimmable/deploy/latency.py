@@ -113,9 +113,8 @@ class LatencyTable:
     @checked
     def load(cls, path: str | Path) -> "LatencyTable":
         """Read a table, of any machine. Raises: CheckpointError: if the file holds none."""
-        with explained(
-            f"LatencyTable.load: {path} holds no latency table", "; make one by `slimmable latency`", CheckpointError
-        ):
+        what, advice = f"LatencyTable.load: {path} holds no latency table", "; make one by `slimmable latency`"
+        with explained(what, advice, CheckpointError):
             return cls(**json.loads(Path(path).read_text()))
 
 

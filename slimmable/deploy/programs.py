@@ -7,7 +7,7 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,11 @@ def trace(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     saved = swapped([(vars(each), "_non_persistent_buffers_set", set()) for each in model.modules()])  # to be whole
     with torch.no_grad(), quiet(), saved, explained(f"torch.export cannot follow {type(model).__name__}.forward"):
         model(*one.args, **one.kwargs)  # so that caches hold numbers, not what stands for them while it is recorded
-        try:
+        right = False
+        with suppress(Exception):  # many kinds of errors tell of a forward that depends on the number of images
             dynamic = shapes.dynamic_shapes(model, two.args, two.kwargs)  # type: ignore[no-untyped-call]
             program = torch.export.export(model, two.args, two.kwargs, dynamic_shapes=dynamic)
             right = difference(model, program.module(), one) <= TOLERANCE
-        except Exception:  # the forward depends on the number of images; torch.export raises many kinds of errors
-            right = False
         if not right:
             program = torch.export.export(model, one.args, one.kwargs)
     program._example_inputs = None  # like the stack traces, which name local paths, it would be stored in the file

@@ -189,6 +189,21 @@ def test_teachers_are_networks_of_the_full_width(tmp_path, supervised, teach):
         torch.testing.assert_close(make_teacher(settings, 3).eval()(IMAGE), expected)
 
 
+@pytest.mark.parametrize("teach", ["cosine", "mse"])
+def test_a_network_taught_by_what_it_starts_from_begins_with_its_features(tmp_path, supervised, teach):
+    """The linear map to the teacher's features changes nothing at first, whether units are moved or not."""
+    name, run = folder_of(plain(), tmp_path / "folder"), str(supervised)
+    how = {"method": "distillation", "teach": teach}
+    of_run = configure({**how, "widths": (1.0, 0.5), "teacher": run, "init": run})
+    of_timm = config(**how, model=name, teacher=name, init="pretrained")
+    for settings, images in ((of_run, torch.rand(3, 1, 24, 24)), (of_timm, IMAGE)):
+        channels = images.shape[1]
+        teacher = make_teacher(settings, channels).eval()
+        method = new_method(settings, channels, 10, read_start(settings, channels), teacher).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(method.encoder(images), teacher(images), rtol=1e-4, atol=1e-5)
+
+
 def test_teachers_that_cannot_teach(supervised):
     for given, message in (
         ({"teacher": "no_model"}, "timm has no model 'no_model'"),
