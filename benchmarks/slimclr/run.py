@@ -34,7 +34,7 @@ from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
 from slimmable.cli.data import Images, Plain, batches_of, load_images
 from slimmable.cli.pretrain import Training
-from slimmable.cli.run import CHECKPOINT, build_method, load_checkpoint
+from slimmable.cli.run import CHECKPOINT, Start, build_method, load_checkpoint
 from slimmable.evaluation import evaluate_features
 from slimmable.methods import Distillation
 from slimmable.training import GradientDiagnostics
@@ -67,6 +67,7 @@ FASHION: dict[str, dict[str, Any]] = {
     "re-weighting": BARE | {"loss_weights": "widest_plus_rest"},
     "sandwich": OURS | {"universal": True},  # middle widths drawn in each step (Yu and Huang 2019)
     "two stages": BARE | {"method": "supervised", "epochs": 40},  # by a teacher; one view a step, so as many views
+    "taught": {"method": "supervised", "slow_start": 0.0},  # all widths, by the full one, from its weights; one view
     "labels": BARE | {"method": "supervised"},
 }
 BY_OTHERS = {arm: settings for arm, settings in FASHION.items() if "method" not in settings}  # by VICReg and BYOL
@@ -164,15 +165,18 @@ def pretrain(
 ) -> tuple[Training, float]:
     """Train one network at the widths of `config`, or by the features of `teacher`; return it and the seconds.
 
-    Views are kept in `known`, if given. After each epoch the folder `unfinished`, if given, gets what a later call
-    with the same arguments goes on from.
+    With a teacher, a network of several widths starts from its weights. Views are kept in `known`, if given. After each
+    epoch the folder `unfinished`, if given, gets what a later call with the same arguments goes on from.
     """
     torch.manual_seed(config.seed)
     backbone, classes = network(config.data, images.channels, planes), len(images.classes)
     if teacher is None:
         method = build_method(config, backbone, images.channels, classes)
     else:
-        encoder = build_method(config, backbone, images.channels, teacher.num_features).encoder
+        size = teacher.num_features
+        same = {"weight": torch.eye(size), "bias": torch.zeros(size)}
+        start = Start(teacher.state_dict(), False, same) if len(config.widths) > 1 else None
+        encoder = build_method(config, backbone, images.channels, size, start).encoder
         method = Distillation(encoder, teacher, kind="cosine")
     training = Training(config, method, images, torch.device("cpu"))
     if known is not None:
@@ -256,19 +260,26 @@ def run(
     """Yield a row for each width; `unfinished` is the folder of what each training leaves after an epoch."""
     config = configuration(data, arm, seed, **more)
     images = images_of(config, folder=folder)
-    if arm not in ("alone", "two stages"):
+    if arm not in ("alone", "two stages", "taught"):
         yield from rows(judged(*pretrain(config, PLANES, images, known, unfinished)), arm, seed)
         return
-    alone, teacher = configuration(data, "alone", seed, **more), None
-    for width in WIDTHS:
-        planes = tuple(round(width * each) for each in PLANES)
-        settings = alone if teacher is None else config
+
+    def place(name: str) -> Path | None:
+        return None if unfinished is None else unfinished / name
+
+    alone = configuration(data, "alone", seed, **more)
+    first = pretrain(replace(alone, widths=(1.0,)), PLANES, images, known, place("1"))
+    teacher = None if arm == "alone" else first[0].method.backbone
+    if arm == "taught":
+        found = judged(*pretrain(config, PLANES, images, known, place("taught"), teacher))
+        both = {"seconds": found.seconds + first[1], "gmacs": found.gmacs + cost(first[0], images) / 1e9}
+        yield from rows(replace(found, **both), arm, seed)
+        return
+    yield from rows(judged(*first), arm, seed, 1.0)
+    for width in WIDTHS[1:]:
+        planes, settings = tuple(round(width * each) for each in PLANES), alone if teacher is None else config
         one = replace(settings, widths=(1.0,), proj_hidden_dim=round(width * config.proj_hidden_dim))
-        place = None if unfinished is None else unfinished / f"{width:g}"
-        found = pretrain(one, planes, images, known, place, teacher)
-        yield from rows(judged(*found), arm, seed, width)
-        if arm == "two stages" and teacher is None:  # the full network, trained by itself, teaches the narrow ones
-            teacher = found[0].method.backbone
+        yield from rows(judged(*pretrain(one, planes, images, known, place(f"{width:g}"), teacher)), arm, seed, width)
 
 
 def rows(trained: Trained, arm: str, seed: int, alone: float | None = None) -> Iterator[dict[str, Any]]:
