@@ -54,13 +54,13 @@ class Context:
     labels: Labels = field(default_factory=Labels)
     constraints: list[Constraint] = field(default_factory=list)
     splits: list[tuple[Ids, int]] = field(default_factory=list)  # per split: labels carried on, number of candidates
-    consumed: list[Ids] = field(default_factory=list)
     producers: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what it makes
     products: list[tuple[int, list[Ids], str]] = field(default_factory=list)  # multiply-adds, labels, module path
     reads: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of what its weights read
     meetings: list[tuple[str, Ids]] = field(default_factory=list)  # where, labels of units mixed without weights
     sums: list[Ids] = field(default_factory=list)  # labels along which features are added, not only scaled
     residuals: list[Ids] = field(default_factory=list)  # the same where different layers made the addends
+    streams: list[Ids] = field(default_factory=list)  # labels of such sums that a layer with weights reads
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)  # module path, name -> labels
@@ -135,7 +135,6 @@ class Context:
     def consume(self, ids: Ids | None, other: Ids | None) -> None:
         joined = self.merge(ids, other, why="reads an axis that does not shrink")
         if joined is not None:
-            self.consumed.append(joined)
             self.reads.append((self.module, joined))
 
     def contract(self, first: Tensor, mine: Ids | None, second: Tensor, yours: Ids | None) -> None:
@@ -435,7 +434,6 @@ def _grouped(ctx: Context, args: Args, out: Tensor, transposed: bool, groups: in
     if each_in == 1 and each_out >= 1 and follows and x is not None:  # depthwise
         made_of = spread(x, 1, each_out)
         outer = ctx.merge(made_of if transposed else outer, made_of)  # transposed, all groups share the output axis
-        ctx.consumed.append(x)
         ctx.constrain(given, x, groups)
         return outer
     ctx.constrain(given, None, groups)

@@ -49,6 +49,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensors(results):
                 self.context.schema = func._schema
                 other = _rules.pointwise if torch.Tag.pointwise in func.tags else _rules.unknown
+                reads, residuals = len(self.context.reads), len(self.context.residuals)
                 try:
                     RULES.get(name, other)(self.context, args, kwargs, results)
                 except RuleError:
@@ -56,6 +57,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 except Exception as error:  # a fault of ours, for which the model still converts
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
                     _rules.unknown(self.context, args, kwargs, results, fault)
+                read = [ids for _, ids in self.context.reads[reads:]]
+                summed = any("slim_summed" in vars(each) for each in tensors((args, kwargs)))
+                self.context.streams += read if summed else []
+                for result in tensors(results) if not read and (summed or self.context.residuals[residuals:]) else ():
+                    vars(result)["slim_summed"] = True
         return out
 
 
@@ -201,7 +207,7 @@ def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str,
     labels, backbones = context.labels, _backbones(model, context.calls)
     classes = {path: vars(module).get("num_classes") for path, module in model.named_modules()}
     inner = {
-        "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.consumed),
+        "features of a residual stream": labels.roots(*context.residuals) & labels.roots(*context.streams),
         "keys and values of an attention": labels.roots(*context.attended),
     }
 

@@ -52,9 +52,13 @@ def shapes(model: nn.Module, *inputs: Tensor) -> list[tuple[int, ...]]:
 IMAGES = torch.randn(2, 3, 16, 16)
 
 
-def body(made: int) -> nn.Sequential:
+def body(made: int, channels: int = 3) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, made, 1)
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, made, 1),
     )
 
 
@@ -134,6 +138,13 @@ def test_images_and_classes_of_whole_networks_stay_full():
     assert shapes_at_half(summed, IMAGES) == [(2, 5, 16, 16)]  # two heads, as in FCN; no layer reads the sum
 
 
+@pytest.mark.parametrize("end", [lambda y: y, lambda y: y.softmax(1), torch.sigmoid])
+def test_what_is_refined_stays_full(end):
+    """A layer reads the first guess, as in the spectrograms of Tacotron 2, but none the sum."""
+    model = Fn(lambda guess, more, x: (y := guess(x), end(y + more(y))), guess=body(5), more=body(5, channels=5))
+    assert shapes_at_half(model, IMAGES) == [(2, 5, 16, 16)] * 2
+
+
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large"])
 def test_segmentation_of_torchvision_keeps_its_classes(name):
     segmentation = pytest.importorskip("torchvision.models.segmentation")
@@ -178,6 +189,10 @@ def test_an_embedding_stays_full_however_it_is_returned(returned, last):
 
 
 # -- features
+def residual(modules, y: Tensor) -> Tensor:
+    return y + modules["c"](modules["b"](y).relu())
+
+
 FEATURES = {
     "rectified": lambda m, x: m["a"](x).relu(),
     "relu6": lambda m, x: F.relu6(m["a"](x)),
@@ -186,8 +201,8 @@ FEATURES = {
     "swish by hand": lambda m, x: (y := m["a"](x)) * y.sigmoid(),
     "rectified, then pooled": lambda m, x: m["a"](x).relu().mean((2, 3)),
     "rectified, then normalized": lambda m, x: F.normalize(m["a"](x).relu(), dim=1),
-    "a residual stream": lambda m, x: (y := m["a"](x)) + m["c"](m["b"](y).relu()),
-    "a residual stream, normalized": lambda m, x: F.instance_norm((y := m["a"](x)) + m["c"](m["b"](y).relu())),
+    "a residual stream": lambda m, x: residual(m, residual(m, m["a"](x))),
+    "a residual stream, normalized": lambda m, x: F.instance_norm(residual(m, residual(m, m["a"](x)))),
 }
 
 
@@ -404,11 +419,9 @@ class Residual(nn.Module):
         return features + self.last(features)
 
 
-def test_the_sum_of_a_last_residual_block_is_as_large_as_the_model_says():
-    assert shapes_at_half(Residual(6, out_channels=6), IMAGES) == [(2, 6, 16, 16)]
-    assert shapes_at_half(Residual(6, num_classes=6), IMAGES) == [(2, 6, 16, 16)]
-    assert shapes_at_half(Residual(6), IMAGES) == [(2, 3, 16, 16)]
-    assert shapes_at_half(Residual(6, out_channels=5), IMAGES) == [(2, 3, 16, 16)]
+def test_the_sum_of_a_last_residual_block_stays_full_as_no_layer_reads_it():
+    for sizes in ({"out_channels": 6}, {"num_classes": 6}, {}, {"out_channels": 5}):
+        assert shapes_at_half(Residual(6, **sizes), IMAGES) == [(2, 6, 16, 16)]
     inside = nn.Sequential(Residual(6, out_channels=6), nn.ReLU())  # a block says so of its features
     assert shapes_at_half(inside, IMAGES) == [(2, 3, 16, 16)]
 
