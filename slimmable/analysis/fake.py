@@ -79,6 +79,16 @@ class FakeModel:
         self.on_read("skip", "read by a module that runs only with numbers", output_tensors((args, kwargs)))
         return map_tensors(self._fake_input, next(self._replays[path]))
 
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Let the model run as in training while the block runs; what the last run has found stays that of before."""
+        with swapped([(vars(self.reach), name, found) for name, found in vars(self.reach).items()]):
+            self.model.train()
+            try:
+                yield
+            finally:
+                self.model.eval()
+
     @property
     def running(self) -> str:
         """The path of the module that is running, or that has failed."""

@@ -82,6 +82,12 @@ class Labels:
         """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
         return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
 
+    def untouched(self) -> Mask:
+        """Tell of each id whether nothing has merged or marked it."""
+        roots = self.find(np.arange(len(self)))
+        found: Mask = (np.bincount(roots, minlength=len(roots))[roots] == 1) & (self._marks[roots] == 0)
+        return found
+
     def roots(self, *axes: Ids) -> set[int]:
         """Return the classes of the units on these axes."""
         return {root for ids in axes for root in self.find(ids).tolist()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -123,6 +124,10 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
             raise
         except Exception as error:
             raise _failed(fake, context, error) from error
+        untouched = context.labels.untouched()
+        matrices = ([ids for ids in axes if ids is not None] for axes in context.tensors.values())
+        if any(len(axes) > 1 and untouched[np.concatenate(axes)].all() for axes in matrices):
+            _follow_training(fake, context, operations, outputs)
     _follow_sizes(fake, context)
     for cache in ((path, name) for path, names in fake.reach.caches.items() for name in names):
         context.tensors.pop(cache, None)
@@ -130,6 +135,15 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
     context.use(output_tensors(output))
     label_outputs(context, fake.model, named_tensors(output), "full" if skip("", fake.model) else outputs)
     return context
+
+
+def _follow_training(fake: FakeModel, context: Context, operations: _Operations, outputs: Outputs) -> None:
+    """Run as in training, for what only that reads, such as an auxiliary classifier, unless it needs other inputs."""
+    products = len(context.products)
+    with suppress(Exception), swapped([(vars(fake), "on_call", FakeModel.on_call)]), fake.in_training():
+        output = named_tensors(fake.run(operations, _Calls(context, operations)))
+        label_outputs(context, fake.model, output, outputs if isinstance(outputs, str) else "auto")
+    del context.products[products:], context.outputs[:]
 
 
 def _follow_sizes(fake: FakeModel, context: Context) -> None:
