@@ -304,7 +304,8 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
         tensor = own.get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         planned = tuple(n if ids is None else len(ids) for n, ids in zip(shape or (), axes, strict=False))
-        if shape != planned or len(planned) != len(axes):
+        sized = was_parameter or any(ids is not None for ids in axes)  # others may begin empty
+        if sized and (shape != planned or len(planned) != len(axes)):
             yield f"{path}.{name}".lstrip("."), shape
 
 

@@ -119,7 +119,7 @@ class Reach:
         kind = type(thing)
         if issubclass(kind, nn.Module):
             self._add(thing, space=True)
-            hooks = [hook for name in _MODULE if name.endswith("hooks") for hook in vars(thing)[name].values()]
+            hooks = [vars(thing)[name] for name in _MODULE if name.endswith("hooks")]  # which a forward may add to
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
             names = {name for code in codes_in(thing.__code__) for name in code.co_names}
@@ -137,7 +137,7 @@ class Reach:
             return [thing.__wrapped__]
         if issubclass(kind, (dict, *_LISTS, CellType)):
             self._add(thing, space=kind is CellType)
-        elif not issubclass(kind, _WRAPPERS) and isinstance(getattr(thing, "__dict__", None), dict):
+        elif kind.__dictoffset__ and not issubclass(kind, _WRAPPERS) and isinstance(vars(thing), dict):
             self._add(vars(thing), space=True)
             return [kind, *vars(thing).values()]
         return gc.get_referents(thing)
@@ -318,7 +318,8 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = tensors((args, kwargs))
         known = all(self._value(tensor) is not None for tensor in given)
         sources = {id(source): source for tensor in given if known for source in _sources(tensor)}.values()
-        if known and (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags):
+        tags = () if name == "index" else func.tags  # its shape depends on masks alone, which become indices
+        if known and (torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags):
             self.on_branch(list(sources))
             real = self._computed(func, args, kwargs)
             like = functools.partial(torch.empty_like, device=given[0].device)

@@ -387,9 +387,9 @@ def index(op: Operation) -> None:
                 op.moves("self", own, to=number)
     for i, part in indices:
         for number in range(part.ndim):
-            if "values" in op:
+            if "values" in op or masked:
                 op.pins(f"indices[{i}]", number, "is an index")
-            elif not masked:
+            else:
                 op.moves(f"indices[{i}]", number, to=front + picked - part.ndim + number)
 
 

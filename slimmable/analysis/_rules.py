@@ -342,7 +342,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 )  # fmt: skip
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """An axis of a new tensor follows the size that was asked for; if values depend on their position, in order."""
-    asked = ctx.call.name.removeprefix("new_") == ctx.operation.removeprefix("new_")
+    asked = ctx.call.name.removeprefix("new_") in ("new", ctx.operation.removeprefix("new_"))
     alike = ctx.call.name.rstrip("_") in ("pad", "feature_dropout", "feature_alpha_dropout")
     like = ctx.call.args[0] if alike else out
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
@@ -351,12 +351,16 @@ def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         ends = {"start": 0, "step": 1, **ctx.call.kwargs, **dict(zip(names, ctx.call.args, strict=False))}
         start, end, step = ends["start"], ends["end"], ends["step"]
         given = [end if (start, step) == (0, 1) else -((start - end) // step)]
-    traced = {int(size): size for size in given if isinstance(size, TracedInt)}
+    numbers = [size for size in given if type(size) in (int, TracedInt)]
+    runs = (numbers[at : at + out.ndim] for at in range(len(numbers)))
+    sizes = next((run for run in runs if [*map(int, run)] == [*out.shape]), None)
+    if sizes is None:  # of `eye`, or of another layout
+        by_value = {int(size): size for size in numbers if isinstance(size, TracedInt)}
+        sizes = [by_value.get(units) for units in map(int, out.shape)]
     axes: list[Ids | None] = []
-    for units, known, own in zip(out.shape, like.shape, ctx.axes(like), strict=True):
-        size = traced.get(int(units))
+    for units, known, own, size in zip(out.shape, like.shape, ctx.axes(like), sizes, strict=True):
         ids = own if units == known else None
-        if size is not None:
+        if isinstance(size, TracedInt):
             if ctx.operation != "randperm":
                 ids = size.expression.value if size.expression.kind == "size" else ctx.labels.fresh(int(units))
             ctx.constrain(size, ids, int(units))

@@ -99,12 +99,14 @@ class FakeModel:
         self._stack[1:] = []
         for buffer in self.model.buffers():
             buffer.__dict__.pop("slim_value", None)
+        stores = [module._buffers for module in self.model.modules()]
+        buffers = swapped([(store, name, own) for store in stores for name, own in store.items()])  # forwards set some
         on_branch = partial(self.on_read, "branch", "code depends on its numbers")
         values = KnownNumbers(self._buffers, on_branch) if self._where is self.mode else nullcontext()
         args, kwargs = map_tensors(self._input, self._given)
         self._replays = {path: iter(outputs) for path, outputs in self._replayed.items()}
         quietly = swapped([(vars(_LOGGER), "disabled", True)])
-        around = (self.reach.untouched(), layers_in_parts(), quietly, self._where, values, ReadInMemory())
+        around = (self.reach.untouched(), layers_in_parts(), quietly, buffers, self._where, values, ReadInMemory())
         with ExitStack() as stack:
             for mode in (*around, torch.no_grad(), _Shortcuts(self.made), *modes):
                 stack.enter_context(mode)

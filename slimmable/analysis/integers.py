@@ -9,7 +9,8 @@ from slimmable.analysis.labels import Ids
 
 Attribute = tuple[str, str, tuple[int, ...]]  # module path, attribute name, position inside nested tuples
 
-OPERATIONS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs")}
+_NAMES = ("add", "sub", "mul", "floordiv", "mod", "lshift", "rshift", "neg", "abs")
+OPERATIONS = {name: getattr(operator, name) for name in _NAMES}
 
 
 @dataclass(frozen=True, eq=False)

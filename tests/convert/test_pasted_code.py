@@ -1,5 +1,6 @@
-"""Idioms of pasted research code: distributions, limits on the norm of weights, activations with parameters."""
+"""Idioms of pasted research code: distributions, branches of training, state that a forward leaves, new tensors."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import slimmable
+from tests.convert.oracles import run_on
 from tests.convert.test_numbers import checked, half, made
 
 
@@ -149,3 +151,233 @@ class Sparse(nn.Module):
 
 def test_what_is_written_at_indices_stays_full_only_along_their_axes():
     assert half(checked(made(Sparse()), torch.randn(2, 8, 6, dtype=torch.float64))) < 0.6
+
+
+# -- what only training reads
+class Auxiliary(nn.Module):
+    """Gives the scores of a second classifier too in training, as GoogLeNet and Inception do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+        self.aux = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 7))
+
+    def forward(self, x):
+        early = torch.relu(self.first(x))
+        scores = self.out(torch.relu(self.second(early)))
+        return (scores, self.aux(early)) if self.training else scores
+
+
+class Identifying(nn.Module):
+    """Gives features to compare, and in training the scores of a classifier, as networks that find persons again do."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classifier = nn.Sequential(nn.Linear(8, 64), nn.ReLU()), nn.Linear(64, 7)
+
+    def forward(self, x):
+        found = self.features(x)
+        return self.classifier(found) if self.training else found
+
+
+class Codebook(nn.Module):
+    """Quantizes vectors to the nearest ones of a table, which follows them in training, as VQ-VAE's."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.decoder = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.register_buffer("table", torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("sums", self.table.clone())
+
+    def forward(self, x):
+        found = self.encoder(x)
+        nearest = (found[:, None] - self.table).square().sum(-1).argmin(1)
+        if self.training:
+            chosen = F.one_hot(nearest, 16).to(found.dtype).detach()
+            self.sums.mul_(0.9).add_(chosen.T @ found.detach(), alpha=0.1)
+            self.table.copy_(self.sums / (0.1 + chosen.sum(0))[:, None])
+        return self.decoder(found + (self.table[nearest] - found).detach())
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Identifying, Codebook])
+def test_what_only_training_reads_gets_thinner_too(kind):
+    model, x = made(kind()), torch.randn(6, 8, dtype=torch.float64)
+    assert half(checked(model, x)) < 0.55
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x).train()
+    small, run = slimmable.extract(slim, 0.5).train(), run_on(x)
+    with slimmable.at_width(slim, 0.5):
+        for _ in range(2):  # what the first step has left counts in the second
+            assert all(map(torch.equal, run(slim), run(small)))
+    assert not any(module.training for module in model.modules())
+    assert [each.shape for each in run(slim)] == [each.shape for each in run(copy.deepcopy(model).train())]
+
+
+def test_gates_do_not_count_what_only_training_does():
+    model, x = Auxiliary(), torch.randn(2, 8)
+    plain = Auxiliary()
+    del plain.aux
+    plans = [slimmable.plan(each, (1.0, 0.5), example_inputs=x) for each in (model, plain)]
+    assert plans[0].columns[0].macs == plans[1].columns[0].macs
+    assert [output.name for output in plans[0].channels.outputs] == ["output"]
+
+
+# -- state that a forward leaves behind
+class Hooked(nn.Module):
+    """Collects hidden states by hooks that its first forward registers, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 32), nn.Linear(32, 64), nn.Linear(64, 16)])
+        self.heads = nn.ModuleList([nn.Linear(32, 5), nn.Linear(64, 5), nn.Linear(16, 5)])
+        self.hooked, self.seen = False, []
+
+    def forward(self, x):
+        if not self.hooked:
+            self.hooked = True
+            for layer in self.layers:
+                layer.register_forward_hook(lambda layer, args, output: self.seen.append(output))
+        self.seen.clear()
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return [head(each) for head, each in zip(self.heads, self.seen, strict=True)]
+
+
+def test_hooks_that_a_forward_registers_are_registered_once():
+    model = made(Hooked())
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=torch.randn(2, 8, dtype=torch.float64))
+    assert not any(module._forward_hooks for module in (*model.modules(), *slim.modules()))
+    assert slimmable.extract(slim, 0.5).heads[1].weight.shape == (5, 32)
+
+
+class Membrane(nn.Module):
+    """Keeps its state in a buffer that is empty before the first step, as spiking neurons do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.register_buffer("state", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        current = self.first(x)
+        self.state = torch.zeros_like(current)
+        self.state = 0.9 * self.state + current
+        return self.last(self.state)
+
+
+def test_a_buffer_may_begin_empty():
+    assert half(checked(made(Membrane()), torch.randn(2, 8, dtype=torch.float64))) < 0.55
+
+
+class Centred(nn.Module):
+    """Keeps a mean in an attribute that it does not have before, as normalizations of series do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        self.mean = x.mean(1, keepdim=True)
+        return self.last(torch.relu(self.first(x - self.mean))) + self.mean
+
+
+def test_a_file_of_a_network_that_has_run_loads_into_one_that_has_not(tmp_path):
+    model, x = Centred(), torch.randn(2, 16)
+    model(x)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x)
+    slimmable.save(slim, tmp_path / "net.safetensors")
+    loaded = slimmable.load(tmp_path / "net.safetensors", Centred())
+    for width in (1.0, 0.5):
+        with slimmable.at_width(slim, width), slimmable.at_width(loaded, width):
+            assert torch.equal(loaded(x), slim(x))
+
+
+class Slots:
+    """Answers no question for attributes that it does not have, as objects of pydantic do."""
+
+    __slots__ = ("value",)
+
+    def __getattr__(self, name):
+        raise TypeError(name)
+
+
+class Configured(nn.Sequential):
+    settings = Slots()
+
+    def forward(self, x):
+        return super().forward(x) if self.settings else x
+
+
+def test_an_object_in_a_model_may_refuse_to_be_asked():
+    model = Configured(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    assert slimmable.plan(model, (1.0, 0.5), example_inputs=torch.randn(2, 8)).columns[1].counts == (16,)
+
+
+# -- sizes that are equal by chance, and numbers that are known
+class Recurrent(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.size, self.start = 32, start
+        self.cell, self.out = nn.GRUCell(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        state = self.start(x, self.size)
+        for _ in range(2):
+            state = self.cell(x, state)
+        return self.out(state)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda x, size: torch.zeros(x.shape[0], size, dtype=x.dtype),
+        lambda x, size: torch.full((len(x), size), 2.0, dtype=x.dtype),
+        lambda x, size: x.new_zeros((x.size(0), size)),
+        lambda x, size: x.new(x.shape[0], size).zero_(),
+    ],
+    ids=["zeros", "full", "new_zeros", "new"],
+)
+@pytest.mark.parametrize("batch", [2, 32])
+def test_a_new_tensor_follows_the_size_at_its_place(start, batch):
+    """Also if the batch is as large as the hidden state."""
+    assert half(checked(made(Recurrent(start)), torch.randn(batch, 8, dtype=torch.float64))) < 0.35
+
+
+class Table(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.tokens, self.inner, self.out = nn.Embedding(20, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        self.register_buffer("places", torch.randn(50, 32))
+        self.register_buffer("even", torch.arange(7) % 2 == 0)
+        self.read = read
+
+    def forward(self, tokens, at):
+        return self.out(torch.relu(self.inner(self.read(self, self.tokens(tokens), at))))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda self, found, at: found + self.places[at],
+        lambda self, found, at: found + F.embedding(at, self.places),
+        lambda self, found, at: found[:, self.even],
+    ],
+    ids=["indexed", "embedded", "by a mask"],
+)
+def test_a_table_may_be_read_at_known_places(read):
+    tokens, at = torch.randint(0, 20, (2, 7)), torch.arange(7)
+    assert half(checked(made(Table(read)), tokens, at)) < 0.4
+
+
+def test_a_size_may_be_shifted():
+    class Quarter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.out = nn.Linear(8, 64), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            found = torch.relu(self.first(x))
+            return self.out(torch.relu(self.second(found[:, : found.shape[1] >> 2])))
+
+    small = slimmable.extract(slimmable.slimify(Quarter(), (1.0, 0.5), example_inputs=torch.randn(2, 8)), 0.5)
+    assert small.second.weight.shape == (8, 8)
