@@ -368,8 +368,7 @@ class Plan:
         starts = np.zeros((len(counts), len(self.channels.units) + 1), np.int64)
         for group, (kept, makers) in enumerate(zip(zip(*counts, strict=True), self.channels.makers, strict=True)):
             if not self.overlap and len(set(kept)) > 1:
-                where = f" of a group, made by {listed(makers, most=3)}"
-                starts[:, group] = disjoint_starts(self.widths, kept, where)
+                starts[:, group] = disjoint_starts(self.widths, kept, f" of a group, made by {listed(makers, most=3)}")
         for each, start in zip(counts, starts, strict=True):
             units = np.array([*each, 1])
             self.columns.append(self.channels.sub_network(units, self.channels.needed.fit(units)[0], start))
@@ -378,8 +377,7 @@ class Plan:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("groups", "tensors", "_found")
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {name: value for name, value in vars(self).items() if name not in ("groups", "tensors", "_found")}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -392,8 +390,7 @@ class Plan:
                     own = grouping.group_of[ids] == number
                     members[number][path, name, axis] = np.where(own, grouping.rank[ids], -1)
         kept = zip(*(column.counts for column in self.columns), strict=True)
-        known = (self.channels.makers, self.channels.ordered)
-        return [Group(*each) for each in zip(grouping.units, kept, members, *known, strict=True)]
+        return list(map(Group, grouping.units, kept, members, self.channels.makers, self.channels.ordered))
 
     @cached_property
     def tensors(self) -> dict[TensorName, list[list[Kept]]]:
@@ -480,8 +477,7 @@ def _groups(plan: Plan) -> Iterator[list[Any]]:
     """Yield, below a header, the number of each group, its units, those kept, and its first axes."""
     yield ["group", "units", f"kept at {', '.join(map(str, plan.widths))}", "axes"]
     for number, group in enumerate(plan.groups):
-        axes = listed([*map(_axis, group.members)], most=3)
-        yield [number, group.units, ", ".join(map(str, group.kept)), axes]
+        yield [number, group.units, ", ".join(map(str, group.kept)), listed([*map(_axis, group.members)], most=3)]
 
 
 def _outputs(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
