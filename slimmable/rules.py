@@ -207,9 +207,8 @@ def register_rule(op: Any, rule: R | None = None, *, replace: bool = False) -> A
         except Exception as error:
             if described.startswith("slimmable."):
                 raise  # the trace pins what the operation meets
-            place = f"in module {context.module or '(the model itself)'!r}"
-            said = f"{type(error).__name__}: {error}"
-            raise RuleError(f"the rule {described} of {name} failed {place}: {said}") from error
+            failed = f"the rule {described} of {name} failed in module {context.module or '(the model itself)'!r}"
+            raise RuleError(f"{failed}: {type(error).__name__}: {error}") from error
         operation._finish()
 
     RULES[key] = apply
@@ -320,8 +319,7 @@ def batch_norm(op: Operation) -> None:
     op.keeps("input")
     for name in [*op.tensors][1:]:
         op.moves(name, 0, to=1)
-    decides = "training" in op
-    for axis in range(2, op["input"].ndim) if decides and op["training"] else ():
+    for axis in range(2, op["input"].ndim) if op._arguments.get("training") else ():
         op.mixes("input", axis)
 
 
