@@ -104,8 +104,7 @@ class Labels:
         draw = np.random.default_rng(0).integers(0, 2**64, len(self.roles), np.uint64)
         for role, ids in zip(draw, self.roles, strict=True):
             np.add.at(signature, self.find(ids), role)
-        everything = np.arange(len(self))
-        roots = everything[self.find(everything) == everything]
+        roots = np.unique(self.find(np.arange(len(self))))
         slim = roots[self.produced(roots) & ~self.pinned(roots)]
         _, first, group = np.unique(signature[slim], return_index=True, return_inverse=True)
         return [slim[group == number] for number in np.argsort(first)]
