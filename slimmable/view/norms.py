@@ -225,8 +225,7 @@ class Switchable(SwitchableContainer):
                 memo.add(self)
             yield prefix, self
         for name in self._lists:
-            path = f"{prefix}.{name}" if prefix else name
-            yield from getattr(self, name).named_modules(memo, path, remove_duplicate)
+            yield from getattr(self, name).named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Tell `torch.distributed.checkpoint`, which walks by attributes, where names leave out `full`."""
@@ -250,10 +249,9 @@ class Switchable(SwitchableContainer):
             if name.partition(".")[0] not in self._lists:
                 state_dict[f"{prefix}full.{name}"] = state_dict.pop(key)
         theirs, full = local_metadata.get("widths", ()), self.full.state_dict(keep_vars=True)
-        same = all(mine == other for mine, other in zip(self._slim.widths, theirs, strict=False))
         for name, first in self._lists.items():
             if any(key.startswith(f"{prefix}{name}.") for key in state_dict):
-                if not same:
+                if any(mine != other for mine, other in zip(self._slim.widths, theirs, strict=False)):
                     reports[-1].append(f"{prefix}{name} has norms of the widths {theirs}, not {self._slim.widths}")
                 continue
             for place, norm in enumerate(getattr(self, name)):
