@@ -143,8 +143,7 @@ def _value_property(name: str) -> property:
             raise AttributeError(name)
         values = self._slim.active.values
         # `self.__dict__` only as a last resort, since torch.compile cannot read it up to torch 2.11
-        value: object = values[name] if name in values else self.__dict__[name]
-        return value
+        return values[name] if name in values else self.__dict__[name]
 
     def put(self: Any, value: object) -> None:
         _set_plain(self, name, value)
