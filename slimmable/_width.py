@@ -154,9 +154,8 @@ def places_of(model: nn.Module) -> Places:
 
 def columns_of(places: Places, setting: Setting) -> list[tuple[WidthState, Column]]:
     """Return each module's state and column for a setting, a new guest column if it has none; change nothing."""
-    given: Any = setting
-    number: Any = given if not isinstance(given, bool) and isinstance(given, Real) else None
-    if number is None and not isinstance(given, (Mapping, tuple, list)):
+    number: Any = setting if not isinstance(setting, bool) and isinstance(setting, Real) else None
+    if number is None and not isinstance(setting, (Mapping, tuple, list)):
         raise WidthError(f"{setting!r} is not a width, a dict of widths by layer or a tuple of counts by channel group")
     return [(state, _column(module, state, setting, number)) for module, state in places]
 
