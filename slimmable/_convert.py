@@ -166,8 +166,7 @@ def extract(model: M, width: Setting, *, repair: "Iterable[Any] | None" = None) 
 
     With a loader of images as `repair`, its layers are then fitted to the full network's, as `slimmable.repair` does.
 
-    Raises: ConversionError: if `model` has no slimmable part. UsageError: if `fully_shard` has split it over processes.
-        WidthError: if it does not have this width.
+    Raises: ConversionError: if no part is slimmable. UsageError: if `fully_shard` split it. WidthError: as `set_width`.
 
     >>> net = slimify(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1.0, 0.5), example_inputs=torch.zeros(2, 4))
     >>> extract(net, 0.5)

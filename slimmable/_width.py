@@ -51,8 +51,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
 def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     """Run a block at `width`, then return every part to its previous width, even after an error.
 
-    It holds for the thread or asyncio task that runs the block, and for what it starts there by `asyncio`.
-    Raises: as `set_width`.
+    It holds for the block's thread or asyncio task, and for what it starts there by `asyncio`. Raises: as `set_width`.
 
     >>> layer = slimmable.SlimLinear(8, 4, widths=(1.0, 0.5))
     >>> with at_width(layer, 0.5):
