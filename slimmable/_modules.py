@@ -105,8 +105,7 @@ def empty_cache(blank: object) -> object:
 
 def unannounced(base: type[nn.Module], body: dict[str, Any], *mixins: type) -> type[nn.Module]:
     """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry."""
-    # so that modules can be given the class, its first base with attributes must follow the same one without, as
-    # `ABC` in `class Base(ABC, nn.Module)`
+    # modules can be given the class if its first base with attributes follows the same one without, such as `ABC`
     root: type = base
     while root.__base__ is not None and root.__base__.__dictoffset__:
         root = root.__base__
