@@ -198,8 +198,7 @@ def switched(new: New) -> Iterator[None]:
             _blocks.remove(block)
             _own_user()
             for active, _ in new:
-                still = (each.has[active] for each in reversed(_blocks) if active in each.has)
-                _show(active, next(still, active._base))
+                _show(active, next((it.has[active] for it in reversed(_blocks) if active in it.has), active._base))
             _settle()
 
 
