@@ -100,10 +100,6 @@ def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     return ConversionError(f"{what}; call slimmable.slimify on the model again")
 
 
-def _set_plain(module: nn.Module, name: str, value: object) -> None:
-    module.__dict__[name] = value
-
-
 def _delete_plain(module: nn.Module, name: str) -> None:
     if name not in module.__dict__:
         raise AttributeError(name)
@@ -134,7 +130,10 @@ def _tensor_property(name: str) -> property:
             raise _changed(self, name, tensor)
         return take(tensor, cut)
 
-    return property(get, lambda self, value: _set_plain(self, name, value), lambda self: _delete_plain(self, name))
+    def put(self: Any, value: object) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put, lambda self: _delete_plain(self, name))
 
 
 def _value_property(name: str) -> property:
@@ -146,7 +145,7 @@ def _value_property(name: str) -> property:
         return values[name] if name in values else self.__dict__[name]
 
     def put(self: Any, value: object) -> None:
-        _set_plain(self, name, value)
+        self.__dict__[name] = value
         state = state_of(self)
         if state is not None and name in state.columns[0].values:
             state.columns[0].values[name] = value
