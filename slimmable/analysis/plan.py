@@ -98,12 +98,9 @@ class Requirements:
             if not ready:  # several unknowns: the smallest attribute stays full
                 least = min((k for k in waiting[0][0].attributes() if k not in values), key=self.attributes.__getitem__)
                 values[least] = self.attributes[least]
-        failures = []
-        for constraint in self.constraints:
-            if not constraint.holds(values, count):
-                rivals = [sources[key] for key in constraint.attributes() if key in sources]
-                failures.append(Failure(constraint, [rival for rival in rivals if rival is not constraint]))
-        return values, failures
+        broken = [each for each in self.constraints if not each.holds(values, count)]
+        rivals = ([sources[key] for key in each.attributes() if sources.get(key, each) is not each] for each in broken)
+        return values, list(map(Failure, broken, rivals))
 
     def adjust(self, counts: Counts) -> tuple[Values, list[Failure]]:
         """Change the counts of groups that disagree by a unit or two, in place, while that leaves fewer failures."""
