@@ -44,7 +44,7 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
         if (size := _image_size(model)) is None:
             raise ConversionError(f"{name} names no input size; pass example_inputs=, as torch.zeros(2, 3, 224, 224)")
         return (image_batch(model, size),), {}
-    if is_size(example) and example:
+    if is_size(example):
         sizes = ", ".join(map(str, example))
         way = f"torch.zeros({'2, ' * (len(example) < 4)}{sizes}), or slimmable.Inputs({sizes}) if it takes integers"
         raise ConversionError(f"example_inputs is {example!r}, which looks like an input size; pass {way}")
@@ -66,8 +66,8 @@ def example_of(model: nn.Module, example_inputs: Any = None) -> Arguments:
 
 
 def is_size(value: object) -> bool:
-    """Tell whether a value is a size such as (3, 224, 224), or empty, not the arguments of a forward."""
-    return isinstance(value, (tuple, list)) and all(type(size) is int and size > 0 for size in value)
+    """Tell whether a value is a size such as (3, 224, 224), not the arguments of a forward."""
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int and size > 0 for size in value)
 
 
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:

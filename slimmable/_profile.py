@@ -114,7 +114,7 @@ def profile(
     """
     check_whole("profile", model)
     if example_inputs is None and input_size is not None:
-        if not is_size(input_size) or not input_size:
+        if not is_size(input_size):
             size = f"a size such as (3, 224, 224), got {shown(input_size)}"
             raise UsageError(f"profile: input_size must be {size}; a batch goes into example_inputs=")
         example_inputs = image_batch(model, tuple(input_size), images=1)

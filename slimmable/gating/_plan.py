@@ -177,7 +177,7 @@ def plan_for(model: nn.Module, size: tuple[int, ...] | None) -> GatePlan:
     found: GatePlan = model.__dict__[PLAN]
     if size is None:
         return found
-    if not is_size(size) or not size:
+    if not is_size(size):
         raise UsageError(f"input_size must be the size of one image, such as (3, 224, 224), got {size!r}")
     example = example_of(model, image_batch(model, size, images=1))
     return replace(found, macs=_Finder(model, example, found.plan).layer_macs(found.gates))
