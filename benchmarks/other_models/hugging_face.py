@@ -22,7 +22,7 @@ ENCODER = {
 }
 IMAGES = {**ENCODER, "image_size": 32, "patch_size": 8}
 TEXT = {**ENCODER, "vocab_size": WORDS, "max_position_embeddings": 32}
-STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
+STAGES = {"depths": [1, 1, 1, 2], "hidden_sizes": [16, 32, 48, 64]}
 SWIN = {
     "image_size": 64,
     "patch_size": 4,
@@ -103,7 +103,10 @@ def image_and_text() -> Iterator[Entry]:
     )
     yield model("CLIP", "CLIPVisionModel", config("CLIPVision", IMAGES), images(32), SLIM)
     siglip = config("Siglip", text_config=TEXT | {"projection_size": 64}, vision_config=IMAGES)
-    yield model("SigLIP", "SiglipModel", siglip, captioned, {"*logits*": FULL, "*": SLIM})
+    yield model(
+        "SigLIP", "SiglipModel", siglip, captioned,
+        {"*logits*": FULL, "*embeds": FULL, "*pooler_output": FULL, "*": SLIM},
+    )  # fmt: skip
     blip = config("Blip", text_config=TEXT | {"encoder_hidden_size": 64}, vision_config=IMAGES, projection_dim=32)
     yield model(
         "Blip", "BlipModel", blip, captioned,
