@@ -217,8 +217,7 @@ class PassNorm(SwitchableNorm):
         """Give copies for the gated pass to the first `widths` of a norm, which is put inside a new one if plain."""
         own = norm if isinstance(norm, SwitchableNorm) else SwitchableNorm(norm, (1.0,), (None,))
         copies = [copy_of_norm(own.own_at(index)) for index in range(min(widths, 1 + len(own.narrow)))]
-        own.__dict__["inside"] = own is not norm
-        own.__dict__["active_pass"] = Active(Pass.DENSE)
+        vars(own).update(inside=own is not norm, active_pass=Active(Pass.DENSE))
         own.__class__ = PassNorm
         own.add_module("gated", nn.ModuleList(copies))
         own.gated.training = own.training
