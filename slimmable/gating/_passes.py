@@ -99,8 +99,7 @@ class ChannelGate(nn.Module):
         """Return one logit per unit: (images, channels) -> (images, units)."""
         if not getattr(pooled, "is_meta", False):  # where a forward only finds shapes
             check_matrices("ChannelGate", pooled=pooled)
-        logits: Tensor = self.expand(torch.relu(self.norm(self.reduce(pooled))))
-        return logits
+        return cast(Tensor, self.expand(torch.relu(self.norm(self.reduce(pooled)))))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return the mask."""

@@ -273,8 +273,7 @@ class _Finder:
         return PlannedGate(group, units, maker, axis, channels, tuple(readers.values()), tuple(norms))
 
     def _units_on(self, ids: Ids) -> Ids:
-        units: Ids = self._units[self.labels.find(ids)]
-        return units
+        return self._units.take(self.labels.find(ids))
 
     def _groups_on(self, *axes: Ids | None) -> list[int]:
         return self.grouping.groups_in([self._units_on(ids) for ids in axes if ids is not None])

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import NoneType
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings of `images`, not scaled to unit length."""
-        output: Tensor = self.projector(self.backbone(images))
-        return output
+        return cast(Tensor, self.projector(self.backbone(images)))
 
 
 @dataclass
