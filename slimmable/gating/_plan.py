@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -228,8 +228,7 @@ class _Finder:
         times = [np.bincount(np.frombuffer(axis, self._units.dtype), minlength=units) for axis in number]
         positions = {}
         for gate in gates:
-            source = self.trace.calls[gate.maker][0].source
-            assert source is not None
+            source = cast(Tensor, self.trace.calls[gate.maker][0].source)
             positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
         return LayerMacs(products, torch.tensor(np.array(times)).view(-1, units), self.grouping, self.images, positions)
 
