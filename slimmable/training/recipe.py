@@ -146,8 +146,7 @@ class SlimRecipe:
         >>> bool(total.isclose(sum(recipe.losses.values())))
         True
         """
-        parts = self.parts(closure, **modules)
-        return torch.stack([part - self._step.excess if self._step else part for part in parts]).sum()
+        return torch.stack([part - self._running("total").excess for part in self.parts(closure, **modules)]).sum()
 
     def parts(self, closure: Callable[[], Loss], *, frozen: Modules = (), once: Modules = ()) -> Iterator[Tensor]:
         """Yield each width's part of the loss, whose backward pass belongs before the next; then count the step.
