@@ -248,9 +248,8 @@ class _Finder:
         maker = next(iter(makers))
         if skip(maker, self.model.get_submodule(maker)):
             raise _RefusedError(SKIPPED)
-        read = [ids for path, ids in self.trace.reads if path == maker]
         why = "its layer reads the model's input, of which a gate learns little"
-        axis, channels = self._input(maker, read, "makes it", why)
+        axis, channels = self._input(maker, [ids for path, ids in self.trace.reads if path == maker], "makes it", why)
         readers = {}
         for path, ids in reads:
             at, on = self._input(path, [ids], "reads it", f"{path} reads it, but not as its input")
