@@ -41,10 +41,9 @@ def repair(
     """Return the plain network of one width, fitted to the full network on images without labels; nothing is trained.
 
     Each linear layer and convolution, in the order in which they run, gets the weights and bias with which its input in
-    the narrow network gives, as nearly as least squares can, the kept part of what the full network's layer gave.
-    BatchNorms then get the narrow network's statistics. What is not fitted keeps its cut weights: transposed
-    convolutions, classes with a forward of their own, projections of `nn.MultiheadAttention`, weights that are shared.
-    `model` is unchanged; its modes are those of the result.
+    the narrow network gives, by least squares, the kept part of what the full network's layer gave. BatchNorms then get
+    the narrow network's statistics. Not fitted, only cut, are transposed convolutions, classes with a forward of their
+    own, projections of `nn.MultiheadAttention`, and shared weights. `model` is unchanged; the result has its modes.
 
     Args:
         model: plain, or as `slimify` returned it.
