@@ -251,10 +251,9 @@ def knn_accuracy(
 ) -> float:
     """Return the fraction of `test` that a weighted vote of the `k` nearest features of `train` classifies correctly.
 
-    The nearest features have the largest cosines, and their votes are `exp(cosine / temperature)` (Wu et al.,
-    *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4: `k` 200, temperature
-    0.07). By "euclidean" they have the smallest distances `d`, and their votes are `exp(-d**2 / (2 temperature))`; for
-    features of unit length this is the same.
+    The nearest have the largest cosines, and votes `exp(cosine / temperature)` (Wu et al., *Unsupervised Feature
+    Learning via Non-Parametric Instance Discrimination*, 2018, section 3.4: `k` 200, temperature 0.07). By "euclidean"
+    they have the smallest distances `d`, and votes `exp(-d**2 / (2 temperature))`, the same for those of unit length.
 
     Args:
         train, test: features of shape (images, ...), which are flattened, and for "cosine" scaled to unit length.
