@@ -178,9 +178,8 @@ class Distillation(Method):
 
     Args:
         encoder: a converted `Encoder` whose embeddings are as large as the teacher's output, as with `projector`.
-        teacher: images in, a tensor (batch, size) out, as a timm model gives; of a model of transformers, "scores" are
-            its `logits`, and features its `pooler_output` or else the mean of `last_hidden_state` over the tokens. A
-            slimmable teacher runs at its active width.
+        teacher: images in, a tensor (batch, size) out, as in timm; in transformers, "scores" are `logits`, and features
+            `pooler_output` or else the mean of `last_hidden_state` over tokens. It runs at its active width, if any.
         kind: "scores": Kullback-Leibler divergence of the classes' probabilities at `temperature`, times its square;
             "mse": mean squared difference of features; "cosine": 1 minus the cosine of features.
         temperature: of both sides' scores.
