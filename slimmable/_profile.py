@@ -103,8 +103,7 @@ def profile(
         example_inputs: as for `slimify`, instead of `input_size`.
         repeats: timed forwards per width, after an untimed one; 0 measures no latency.
 
-    Raises: ConversionError: if neither is given and the model does not say what its input looks like. UsageError: if
-        the model does not run on these inputs.
+    Raises: ConversionError: if neither is given and the model names no input size. UsageError: if it fails on them.
 
     >>> first = slimmable.SlimLinear(8, 16, widths=(1.0, 0.5), slim_in=False)
     >>> print(profile(nn.Sequential(first, slimmable.SlimLinear(16, 4, widths=(1.0, 0.5))), (8,), repeats=0))
