@@ -157,7 +157,8 @@ class LayerGates(SwitchableContainer):
         mask = self.module_at(self._slim.index)(source.mean(others) if others else source)
         record = self.decision.active.record
         decision = Decision(mask, tuple(source.shape[axis] for axis in others), self._slim.index, record)
-        if not switch([(self.decision, decision)]) and record is not None:  # not in one that is only repeated
+        is_repeated = switch([(self.decision, decision)])
+        if record is not None and not is_repeated:
             record.append(decision)
 
     def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
