@@ -27,19 +27,30 @@ _INT8 = ("QuantizeLinear", "DequantizeLinear")  # a runtime computes in int8 if 
 
 
 def save_onnx(written: Any, path: Path) -> Program:
-    """Write an `ONNXProgram`, and return it as loaded by onnxruntime; weights of 2 GB or more go to `<path>.data`."""
+    """Write an `ONNXProgram`; return it as loaded by onnxruntime, a function that returns a list of outputs."""
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()
-    written.save(path)
-    return load_onnx(path)
+    written.save(path)  # weights of 2 GB or more go to `<path>.data`
+    runtime = require("onnxruntime", "onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    with explained("onnxruntime does not load the written program"):
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        arrays = [tensor.detach().numpy() for tensor in tensors((args, kwargs))]
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+    return run
 
 
 def save_joined(written: Sequence[Any], path: Path, names: Names, macs: Mapping[float, int | None]) -> Program:
     """Write `ONNXProgram`s of the widths of `macs`, which are taken apart, as one; it is called with one as `width`."""
     about = {"widths": [*macs], "macs": [*macs.values()]}
     written[0].model = _join([each.model for each in written], names, about)
-    written[0].save(path)
-    run = load_onnx(path)
+    run = save_onnx(written[0], path)
     return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor([*macs].index(width)))
 
 
@@ -138,23 +149,6 @@ def _part(weights: Any, whole: Any, axis: int, scales: Any) -> tuple[list[list[i
     return None
 
 
-def load_onnx(path: Path) -> Program:
-    """Return an ONNX file as loaded by onnxruntime: a function of the model's inputs that returns a list of outputs."""
-    runtime = require("onnxruntime", "onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = torch.get_num_threads()
-    with explained("onnxruntime does not load the written program"):
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        arrays = [tensor.detach().numpy() for tensor in tensors((args, kwargs))]
-        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
-
-    return run
-
-
 def _tidy(model: Any) -> None:
     """Write a program of `onnx_ir` in its shortest form; what its weights go through must stay."""
     needed = ("onnx_ir.passes.common", "onnxscript.optimizer")
@@ -249,7 +243,6 @@ def _branch(model: Any, inputs: Sequence[Any], shared: _Shared, prefix: str) -> 
             value.shape = value.type = None  # which every runtime finds by itself
     for number, node in enumerate(graph.all_nodes()):
         node.name = f"{prefix}{node.op_type} {number}"
-        node.metadata_props.clear()
     ir.convenience.replace_all_uses_with(list(graph.inputs), list(inputs), replace_graph_outputs=True)
     for value in initializers:
         constant = shared.constant(value.name, value.const_value)
