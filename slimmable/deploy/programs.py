@@ -84,9 +84,8 @@ def names_of(model: nn.Module, program: ExportedProgram, example: Inputs) -> Nam
 
 def save_pt2(program: ExportedProgram, path: Path) -> Program:
     """Write `program` for `torch.export.load`, and return it as loaded from the file."""
-    file = io.BytesIO()
     with quiet():
-        torch.export.save(program, file)
+        torch.export.save(program, file := io.BytesIO())
         path.write_bytes(file.getbuffer())
         return torch.export.load(path).module()
 
