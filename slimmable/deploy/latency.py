@@ -86,7 +86,7 @@ class LatencyTable:
         layers = []
         for calls in zip(*rows, strict=True):
             sizes, ms = ([call[name] for call in calls] for name in ("sizes", "ms"))
-            layers.append({**calls[0], "sizes": sizes, "ms": ms, "fit": _fitted([*map(_terms, sizes)], ms)})
+            layers.append({**calls[0], "sizes": sizes, "ms": ms, "fit": _fitted([_terms(*own) for own in sizes], ms)})
         sums = [_sums(layers, sub) for sub in subs]
         factors = dict(zip(sums[0], _fitted([[*each.values()] for each in sums], times), strict=True))
         about = {"runtime": runtime, "inputs": str([tuple(tensor.shape) for tensor in tensors(example)])}
@@ -122,8 +122,7 @@ def _shapes(plan: Plan) -> dict[str, str]:
     return {f"{path}.{name}".lstrip("."): str(tuple(shape)) for (path, name), shape in plan.channels.sizes.items()}
 
 
-def _terms(sizes: Sequence[int]) -> tuple[int, ...]:
-    first, second = sizes
+def _terms(first: int, second: int) -> tuple[int, ...]:
     return 1, second, first, first * second
 
 
@@ -132,7 +131,7 @@ def _sums(layers: Sequence[dict[str, Any]], sub: SubNetwork) -> dict[str, float]
     sums = {"a forward": 1.0, "million macs": sub.macs / 1e6, "million parameters": sub.parameters / 1e6}
     for layer in layers:
         kept = [*sub.tensors.get((layer["path"], layer["parameter"]), ()), None, None]
-        terms = _terms([*map(kept_of, layer["sizes"][0], kept)])
+        terms = _terms(*map(kept_of, layer["sizes"][0], kept))
         sums[layer["class"]] = sums.get(layer["class"], 0.0) + float(np.dot(terms, layer["fit"]))
     return sums
 
