@@ -78,8 +78,7 @@ def gate_images(config: PretrainConfig, images: Images) -> list[Tensor]:
 def report_run(config: PretrainConfig, rows: Sequence[Row], images: Images, options: Evaluate) -> str:
     """Write the report of a run into its folder, and return the table as Markdown."""
     title = f"{config.model}, {config.epochs} epochs of {config.method}"
-    size = min(config.image_size, 32)
-    train, test = (Plain(part, size, most=VOTERS) for part in (images.train, images.test))
+    train, test = (Plain(part, min(config.image_size, 32), most=VOTERS) for part in (images.train, images.test))
     known, asked = (torch.cat(list(load(part, options.count_workers(), batch_size=256))) for part in (train, test))
     pixels = knn_accuracy(known, images.train_labels[train.places], asked, images.test_labels[test.places])
     others = report.read_rows(_FIRST_RUN) if replace(config, seed=0, mean=None, std=None) == configure({}) else []
@@ -172,8 +171,6 @@ class Prober:
         config, images, options, normalise = self.config, self.images, self.options, self.test.normalise
         how, size = LINEAR["default"] | LINEAR.get(config.method, {}), config.image_size
         epochs, batch_size = options.probe_epochs or how["epochs"], options.probe_batch_size
-        rate = (options.probe_lr or how["lr"]) * batch_size / 256
-        steps = [round(share * epochs) for share in how["steps"]] or None
         kept = torch.arange(len(self.train_labels))[self.parts[suffix]]
         scale, mirror = config.min_crop_scale if images.handwriting else 0.08, not images.handwriting
         crop = make_views("crops", size, min_crop_scale=scale, mirror=mirror)
@@ -191,7 +188,8 @@ class Prober:
             return zip(batches_of(centres, 256, self.workers), torch.split(self.test_labels, 256), strict=True)
 
         name, five = f"published{suffix}", f"published_top5{suffix}"
-        settings: Any = {"epochs": epochs, "learning_rate": rate, "milestones": steps}
+        settings: Any = {"epochs": epochs, "learning_rate": (options.probe_lr or how["lr"]) * batch_size / 256}
+        settings["milestones"] = [round(share * epochs) for share in how["steps"]] or None
         settings |= {"num_classes": len(images.classes), "path": options.run / f"{name}.safetensors"}
         found = linear_evaluation(backbone, crops, middles, **settings)
         return {width: {name: own.linear, five: own.linear_top5} for width, own in found.items()}
