@@ -71,7 +71,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     height, width = size if isinstance(size, list) else (size, size)
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
-        runs.output_for(torch.zeros(2, *image), build(recipe), f"the model in {path}")
+        runs.output_for(image, build(recipe), f"the model in {path}")
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 

@@ -4,7 +4,7 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -54,8 +54,7 @@ def new_method(
     torch.manual_seed(config.seed)
     backbone, _ = make_backbone(config, channels)
     if teacher is not None:
-        images = torch.zeros(2, channels, config.image_size, config.image_size)
-        taught = output_for(images, teacher, str(config.teacher))
+        taught = output_for((channels, config.image_size, config.image_size), teacher, str(config.teacher))
         check_matrices(f"--teacher {config.teacher}", output=taught)
         classes = taught.shape[1]
         if start is not None and config.teach != "scores":  # perhaps it learns from the network that it starts from
@@ -81,11 +80,11 @@ def build_method(
     order = config.importance if start is not None and not start.slim and config.importance != "none" else None
     if start is not None and not start.slim:
         load_exactly(backbone, start.backbone, f"--init {config.init}")
-    output = output_for(example, backbone, config.model)
+    output = output_for(example.shape[1:], backbone, config.model)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise UsageError(f"{config.model} does not output one feature vector per image; choose another --model")
     if config.local_crops:
-        local = torch.zeros(2, channels, config.local_crop_size, config.local_crop_size)
+        local = channels, config.local_crop_size, config.local_crop_size
         output_for(local, backbone, config.model, "--local-crop-size")
     features = output.shape[1]
     hidden, dim = config.proj_hidden_dim or features, config.proj_dim
@@ -142,9 +141,9 @@ def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order:
     return slimify(network, config.widths, example_inputs=example, **rules)
 
 
-def output_for(images: Tensor, model: nn.Module, name: str, option: str = "--image-size") -> Any:
-    """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this size."""
-    size = " x ".join(map(str, images.shape[2:]))
+def output_for(image: Sequence[int], model: nn.Module, name: str, option: str = "--image-size") -> Any:
+    """Return the output of `model` in eval mode, or raise SlimmableError if it does not accept images of this shape."""
+    size, images = " x ".join(map(str, image[1:])), torch.zeros(2, *image)
     with torch.no_grad(), explained(f"{name} does not accept images of {size} pixels", f"; choose another {option}"):
         return model.eval()(images)
 
