@@ -52,8 +52,7 @@ class WidthController:
         self._ms = _by_width("latencies", latencies if rows is None else {row.width: row.latency_ms for row in rows})
         _check(0 < number_or_nan(deadline_ms) < math.inf, "deadline_ms must be positive", deadline_ms)
         _check(0 < number_or_nan(quantile) < 1, "quantile must be in (0, 1)", quantile)
-        counts = isinstance(window, int) and 1 <= number_or_nan(window) < 2**31
-        _check(counts, "window must be a number of calls", window)
+        _check(type(window) is int and 1 <= window < 2**31, "window must be a number of calls", window)
         self._deadline, self._quantile = deadline_ms, quantile
         self._ratios: deque[float] = deque(maxlen=window)
         self.width = self._widest(1.0)
