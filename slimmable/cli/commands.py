@@ -107,8 +107,7 @@ class Evaluate(_Machine):
         with processes.locked(self.run):
             images = data.load_images(config)
             method = run.trained_method(config, self.run, images.channels, images.digest).to(self._found_device())
-            rows = evaluation.rows_of_run(config, method, images, self)
-            say(evaluation.report_run(config, rows, images, self))
+            say(evaluation.report_run(config, evaluation.rows_of_run(config, method, images, self), images, self))
             for path in self.run.glob("published*.safetensors"):
                 path.unlink()
 
@@ -157,8 +156,7 @@ class _Network:
     def _leave_out(self, what: str, *more: str) -> None:
         """Raise UsageError if an option is given that `what` determines: one for timm's models, or of `more`."""
         names = ("widths", "rounding", "round_to", "checkpoint", "pretrained", "num_classes", *more)
-        settled = [flag(name) for name in names if getattr(self, name) is not getattr(_Network, name)]
-        if settled:
+        if settled := [flag(name) for name in names if getattr(self, name) is not getattr(_Network, name)]:
             raise UsageError(f"{self.model} is {what}, which already determines {', '.join(settled)}; leave it out")
 
 
