@@ -214,8 +214,7 @@ class Watch:
         self.passes = passes_of(config, backbone, widths)
         columns = [f"knn/w{width:g}" for width in widths]
         if config.gate_budget is not None:
-            kinds = ("knn/dense", "knn/gated", "gated_share")
-            columns = [named_at(kind, width) for width in widths for kind in kinds]
+            columns = [named_at(kind, width) for width in widths for kind in ("knn/dense", "knn/gated", "gated_share")]
         self.log = csv_log(folder / "knn.csv", columns, training.step)
 
     def look(self) -> str:
