@@ -78,8 +78,7 @@ class LatencyTable:
             raise UsageError("LatencyTable.measure times the CPU, and the model is on a GPU; pass model.cpu()")
         plan, example, draw = plan_of(model), example_of(model, example_inputs), random.Random(0)
         bounds = [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)]
-        drawn = [plan.near(tuple(draw.randint(*each) for each in bounds)) for _ in range(_NETWORKS)]
-        subs = [*plan.columns, *drawn]
+        subs = [*plan.columns, *(plan.near(tuple(draw.randint(*each) for each in bounds)) for _ in range(_NETWORKS))]
         with in_eval_mode(model), torch.no_grad():
             rows = [_layers(extract(model, sub.counts), example) for sub in subs]
             times = _times([extract(model, sub.counts) for sub in subs], example, runtime)
