@@ -128,6 +128,5 @@ class SlimCallback(Callback):
             self._part = next(self._parts, None)
 
     def _optimizer_step(self, module: Any, step: Callable[..., None], *args: Any) -> None:
-        """Let DistributedDataParallel, which expects one backward pass, average once after the last."""
-        *rest, closure = args
-        step(*rest, averaged_once(module.trainer.model)(closure))
+        """Let DistributedDataParallel, which expects one backward pass, average once after the closure's last."""
+        step(*args[:-1], averaged_once(module.trainer.model)(args[-1]))
