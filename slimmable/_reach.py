@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -419,6 +420,8 @@ class ReadInMemory(TorchFunctionMode):
             source, axis = args[0], int(args[-1])
             out, *states = func(source[:, :2] if axis else source[:2], *args[1:])  # the second step reads the first's
             return torch.cat([out.narrow(axis, 0, 1)] * source.shape[axis], axis), *states
+        if name in ("numpy", "__array__") and "slim_value" in args[0].__dict__:
+            return np.array(args[0].tolist())
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
             return format(args[0].item(), args[1])
         return func(*args, **(kwargs or {}))

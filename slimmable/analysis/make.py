@@ -61,7 +61,8 @@ def make_plan(
         path, reason = failed
         while path in pinned or not any(is_under(owner, path) for owner, _ in plan.channels.tensors):
             if not path:
-                raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}") from reason
+                hint = "a size that does not follow may be the cause: int(c / 4) does not, c // 4 does"
+                raise TraceError(f"the narrow network fails in module {failed[0]!r}: {reason}; {hint}") from reason
             path = path.rpartition(".")[0]  # the failure comes from the modules inside
         line = str(reason).partition("\n")[0]
         pinned[path] = f"fails when narrow ({line[:100]})"

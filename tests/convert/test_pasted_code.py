@@ -369,15 +369,35 @@ def test_a_table_may_be_read_at_known_places(read):
     assert half(checked(made(Table(read)), tokens, at)) < 0.4
 
 
-def test_a_size_may_be_shifted():
-    class Quarter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.out = nn.Linear(8, 64), nn.Linear(16, 16), nn.Linear(16, 3)
+class Quarter(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(8, 64), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.size = size
 
-        def forward(self, x):
-            found = torch.relu(self.first(x))
-            return self.out(torch.relu(self.second(found[:, : found.shape[1] >> 2])))
+    def forward(self, x):
+        found = torch.relu(self.first(x))
+        return self.out(torch.relu(self.second(found[:, : self.size(found.shape[1])])))
 
-    small = slimmable.extract(slimmable.slimify(Quarter(), (1.0, 0.5), example_inputs=torch.randn(2, 8)), 0.5)
-    assert small.second.weight.shape == (8, 8)
+
+def test_a_size_may_be_shifted_and_one_that_does_not_follow_is_named():
+    x = torch.randn(2, 8)
+    slim = slimmable.slimify(Quarter(lambda units: units >> 2), (1.0, 0.5), example_inputs=x)
+    assert slimmable.extract(slim, 0.5).second.weight.shape == (8, 8)
+    with pytest.raises(slimmable.errors.TraceError, match=r"int\(c / 4\) does not, c // 4 does"):
+        slimmable.slimify(Quarter(lambda units: int(units / 4)), (1.0, 0.5), example_inputs=x)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(8, 32, batch_first=True), nn.Linear(32, 3)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu().numpy(), batch_first=True)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_known_numbers_may_go_through_numpy():
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    assert half(checked(made(Packed()), x, torch.tensor([6, 4, 2]))) < 0.35
