@@ -60,7 +60,8 @@ def test_the_report_has_both_accuracies_and_an_interrupted_evaluation_goes_on(co
     assert "| kNN | linear on crops | linear on crops, top 5 |" in said
     expected = rows_of(copy)
     assert list(expected[0])[3:] == ["knn", "published", "published_top5"]
-    assert all(0 < float(row["published"]) <= float(row["published_top5"]) <= 1 for row in expected)
+    found = [(float(row["published"]), float(row["published_top5"])) for row in expected]
+    assert all(0 <= best <= five <= 1 and five > 0 for best, five in found)  # of 16 images, all may be wrong
     assert not list(copy.glob("published*"))
 
     def stopped(text):
