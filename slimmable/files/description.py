@@ -238,7 +238,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
     check_rounding("the plan", rounding=plan.rounding)
     for path, name in data["caches"]:
-        value = vars(modules[path]).get(name)  # none of a network that has not run
+        value = vars(modules[path]).get(name, getattr(type(modules[path]), name, None))  # None: it has not run yet
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
             raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
