@@ -46,7 +46,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = out if tensors(out) else written(func._schema, args, kwargs)
             name = func._schema.name.removeprefix("aten::").rstrip("_")  # in place, that of its counterpart
             self.context.at(name, self.fake.running)
-            self.context.use(tensors((args, kwargs)))
+            operands = tensors((args, kwargs))
+            self.context.use(operands)
             if tensors(results):
                 self.context.schema = func._schema
                 other = _rules.pointwise if torch.Tag.pointwise in func.tags else _rules.unknown
@@ -59,7 +60,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
                     _rules.unknown(self.context, args, kwargs, results, fault)
                 read = [ids for _, ids in self.context.reads[reads:]]
-                summed = any("slim_summed" in vars(each) for each in tensors((args, kwargs)))
+                summed = any("slim_summed" in vars(each) for each in operands)
                 self.context.streams += read if summed else []
                 for result in tensors(results) if not read and (summed or self.context.residuals[residuals:]) else ():
                     vars(result)["slim_summed"] = True
