@@ -160,7 +160,7 @@ CONFIGURED = {
     ),
     "ConvNextV2Model": (
         "ConvNextV2Config",
-        {"hidden_sizes": [16, 32, 32, 64], "depths": [1] * 4},
+        {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2]},
         {"pixel_values": PIXELS},
     ),
     "BertForSequenceClassification": ("BertConfig", TEXT, {"input_ids": WORDS}),
