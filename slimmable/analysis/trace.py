@@ -233,7 +233,7 @@ def label_outputs(context: Context, model: nn.Module, named: Sequence[tuple[str,
         sized = [path for path, count in classes.items() if count == len(ids)]
         sized += [""] if vars(model).get("out_channels") == len(ids) else []
         if any(not path or is_under(maker, path) for path in sized for maker in makers):
-            return ""  # class scores, which SqueezeNet rectifies, and of which MONAI's U-Net has a residual stream
+            return ""  # class scores, which SqueezeNet rectifies
         if any(not path or all(is_under(maker, path) for maker in makers) for path in backbones):
             return "features of a timm model without its classifier"
         for why, roots in inner.items():
