@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import product
 from typing import Any, TypeVar, cast
 
 import torch
@@ -139,17 +138,14 @@ def _products(layer: Any, x: Tensor, lacking: Tensor, draw: torch.Generator) -> 
     if isinstance(layer, _ConvNd):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+        for axis, (size, gap, step) in enumerate(zip(kernel, layer.dilation, layer.stride, strict=True)):
+            x = x.unfold(axis - len(kernel), gap * (size - 1) + 1, step)[..., ::gap].movedim(-1, 2 + axis)
     else:
         x, lacking = x.movedim(-1, 1), lacking.movedim(-1, 1)
-    count, sizes = len(x), lacking.shape[2:]
+    sizes = lacking.shape[2:]
     places = torch.randperm(sizes.numel(), generator=draw)[:_PLACES].to(x.device)
-    parts = []
-    for offset in product(*map(range, kernel)):
-        steps = zip(offset, getattr(layer, "dilation", ()), getattr(layer, "stride", ()), sizes, strict=False)
-        window = [slice(at * wide, at * wide + (size - 1) * step + 1, step) for at, wide, step, size in steps]
-        parts.append(x[(slice(None), slice(None), *window)].reshape(count, x.shape[1], -1)[..., places])
-    columns = torch.stack(parts, 2).reshape(count, groups, -1, len(places))
-    lacking = lacking.reshape(count, groups, -1, sizes.numel())[..., places]
-    rows, wanted = (each.double().permute(1, 0, 3, 2).flatten(1, 2) for each in (columns, lacking))
+    at: Any = (..., *torch.unravel_index(places, sizes))
+    seen = (each[at].reshape(len(each), groups, -1, len(places)) for each in (x, lacking))
+    rows, wanted = (each.double().permute(1, 0, 3, 2).flatten(1, 2) for each in seen)
     rows = rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
     return rows.mT @ torch.cat([rows, wanted], 2)
