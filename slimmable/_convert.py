@@ -29,7 +29,7 @@ from slimmable.analysis.importance import Importance, moved, order_units, permut
 from slimmable.analysis.make import make_plan
 from slimmable.analysis.plan import AxisName, Plan, Setting
 from slimmable.analysis.trace import Outputs
-from slimmable.errors import ConversionError, WidthError
+from slimmable.errors import ConversionError, WidthError, explained
 from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm, inherit
 from slimmable.view.state import Counts, WidthState, is_slim, state_of, take
 from slimmable.view.view import column_of, full_tensor, install_view, remove_view
@@ -262,10 +262,8 @@ def plain(model: nn.Module) -> nn.Module:
 def skipper(model: nn.Module, skip: Skip, what: str = "skip") -> Callable[[str, nn.Module], bool]:
     """Turn `skip`, a function of two arguments or patterns that each match a module, into such a function."""
     if callable(skip) and not isinstance(skip, type):
-        try:
+        with explained(f"{what} is {skip!r}, which cannot be called with (name, module)", kind=ConversionError):
             inspect.signature(skip).bind("", model)
-        except (TypeError, ValueError) as error:
-            raise ConversionError(f"{what} is {skip!r}, which cannot be called with (name, module): {error}") from error
         return skip
     patterns: list[Any] = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
     if not all(isinstance(pattern, str) for pattern in patterns):

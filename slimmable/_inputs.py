@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slimmable.errors import ConversionError, UsageError
+from slimmable.errors import ConversionError, UsageError, explained
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 MOST = 2**20  # elements of a tensor whose values are tracked; larger ones are only shapes
@@ -73,10 +73,8 @@ def is_size(value: object) -> bool:
 def image_batch(model: nn.Module, size: tuple[int, ...], images: int = 2) -> Tensor:
     """Return zeros of shape (images, *size), with the dtype and device of the model's parameters."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
+    with explained(f"there can be no input of shape {(images, *size)}", kind=UsageError):
         return torch.zeros(images, *size, dtype=weight.dtype, device=weight.device)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise UsageError(f"there can be no input of shape {(images, *size)}: {error}") from error
 
 
 def _image_size(model: nn.Module) -> tuple[int, ...] | None:
