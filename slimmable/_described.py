@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from types import CodeType
 from typing import Any, TypeAlias, cast
@@ -178,13 +179,11 @@ def _follow_config(full: nn.Module, narrow: Any) -> None:
     known, wanted = facts(full), facts(narrow)
 
     def build(edited: Any) -> Facts | None:
-        try:
-            with PROCESS, torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                nested = hasattr(config, "from_dict")  # in a class of its own, not diffusers' frozen dict
-                return facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))
-        except Exception:  # constructors raise errors of all kinds
-            return None
+        with suppress(Exception), PROCESS, torch.device("meta"), warnings.catch_warnings():  # errors of all kinds
+            warnings.simplefilter("ignore")
+            nested = hasattr(config, "from_dict")  # in a class of its own, not diffusers' frozen dict
+            return facts(kind(type(config).from_dict(edited)) if nested else kind.from_config(edited))
+        return None
 
     before = build(own) or {}
     tensors = {key for key, fact in known.items() if isinstance(fact, torch.Size) and key in wanted}

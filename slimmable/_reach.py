@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -357,11 +357,9 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return what an operation gives on known numbers, or None if the CPU cannot run it."""
         here = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
         args, kwargs = tree_map_only(Tensor, self._value, (args, kwargs))
-        with _disable_current_modes():
-            try:
-                return func(*args, **{**kwargs, **here})
-            except Exception:
-                return None
+        with _disable_current_modes(), suppress(Exception):
+            return func(*args, **{**kwargs, **here})
+        return None
 
     def _masks_as_indices(self, args: Any) -> Any:
         """Replace known boolean masks, whose results have unknown shapes, with the indices that they select."""
