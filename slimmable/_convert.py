@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from slimmable import rules as rules  # which registers rules that the analysis uses
-from slimmable._checks import check_flags, check_rounding, check_whole
+from slimmable._checks import check_flags, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
 from slimmable._modules import addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
@@ -102,7 +102,7 @@ def slimify(
     for addon in addons_of(model).values():
         raise ConversionError(f"this {type(model).__name__} {addon.refusal}, convert it, and put them back")
     layers = _switchable_layers(model, switchable)
-    asked = _checked(Plan(check_widths(widths), round_to, rounding, overlap, layers, universal)), skip, outputs
+    asked = Plan(check_widths(widths), round_to, rounding, overlap, layers, universal), skip, outputs
     if importance not in (None, "magnitude") and not callable(importance):
         raise ConversionError(f'importance {importance!r} is unknown; use None, "magnitude" or a function')
     if importance is None and _current_plan(model, *asked) is not None:
@@ -154,7 +154,7 @@ def plan(
     """
     check_whole("plan", model)
     known, layers = check_widths(WIDTHS if widths is None else widths), _switchable_layers(model, switchable)
-    rules = _checked(Plan(known, round_to, rounding, overlap, layers, universal))
+    rules = Plan(known, round_to, rounding, overlap, layers, universal)
     if widths is None and (rules.rules(), skip, outputs) == (Plan(WIDTHS).rules(), (), "auto"):
         rules = plan_of(model) or rules
     asked = rules, skip, outputs
@@ -213,17 +213,6 @@ def extract(model: M, width: Setting, *, repair: "Iterable[Any] | None" = None) 
 
 
 # -- the steps of a conversion
-def _checked(rules: Plan) -> Plan:
-    """Return an empty plan, after checks of its rules."""
-    check_flags("slimify", overlap=rules.overlap, universal=rules.universal)
-    check_rounding("slimify", rounding=rules.rounding)
-    if isinstance(rules.round_to, bool) or not isinstance(rules.round_to, int) or rules.round_to < 1:
-        raise ConversionError(f"round_to is {rules.round_to!r}; it must be an integer of at least 1")
-    if rules.universal and (rules.switchable or not rules.overlap):
-        raise ConversionError("universal=True is for widths that share their weights: leave out overlap and switchable")
-    return rules
-
-
 def _switchable_layers(model: nn.Module, switchable: Skip) -> tuple[str, ...]:
     """Return the names of the layers with weights that `switchable` names, which must have them to themselves."""
     if isinstance(switchable, (tuple, list)) and not switchable:

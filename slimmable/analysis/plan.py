@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from slimmable._checks import check_flags, check_rounding
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, number_or_nan, width_index
 from slimmable.analysis.integers import Attribute, Constraint
 from slimmable.analysis.labels import Ids, Mask
-from slimmable.errors import WidthError, require
+from slimmable.errors import ConversionError, WidthError, require
 
 TensorName = tuple[str, str]  # module path, name of a parameter or buffer
 Counts = NDArray[np.int64]  # kept units of each group, then a 1 for what stays full
@@ -292,6 +293,15 @@ class Plan:
     columns: list[SubNetwork] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_flags("slimify", overlap=self.overlap, universal=self.universal)
+        check_rounding("slimify", rounding=self.rounding)
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ConversionError(f"round_to is {self.round_to!r}; it must be an integer of at least 1")
+        if self.universal and (self.switchable or not self.overlap):
+            what = "universal=True is for widths that share their weights"
+            raise ConversionError(f"{what}: leave out overlap and switchable")
 
     def __str__(self) -> str:
         groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from slimmable._checks import check_rounding
 from slimmable._convert import misfits
 from slimmable._described import counts_channels, named_in_forward, stored_by_forward
 from slimmable._tables import differences, listing
@@ -236,7 +235,6 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     rules: Any = {name: data[name] for name in ("round_to", "rounding", "overlap", "universal") if name in data}
     rules |= {"widths": check_widths(data["widths"]), "switchable": tuple(data.get("switchable", ()))}
     plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
-    check_rounding("the plan", rounding=plan.rounding)
     for path, name in data["caches"]:
         value = vars(modules[path]).get(name, getattr(type(modules[path]), name, None))  # None: it has not run yet
         if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
