@@ -298,8 +298,6 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Drop the reduced axes; indices, if any, number their units."""
     source = args[0]
-    if ctx.operation in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
-        return pointwise(ctx, args, kwargs, out)
     results, given = tensors(out), arguments(ctx.schema, args, kwargs).get("dim")
     dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
@@ -315,7 +313,6 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     last = ctx.operation in ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk")  # they hold indices
     for result in results[1:] if last else results if ctx.operation.startswith("arg") else ():
         vars(result)["slim_numbered"] = [ids for dim in reduced if (ids := axes[dim]) is not None]
-    return None
 
 
 @rule_of("constant_pad_nd")
