@@ -469,9 +469,10 @@ def group_norm(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     ctx.label(tensors(out)[0], axes, ctx.origin(source))
 
 
-def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
+def attention(ctx: Context, call: Call, out: Tensor) -> None:
     """Scaled dot-product attention as one operation: batches and heads agree, queries and keys share their units."""
-    query, key, value = args[:3]
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    query, key, value, mask, _, causal = (call.argument(at, name) for at, name in enumerate(names))
     q, k, v = ctx.axes(query), ctx.axes(key), ctx.axes(value)
     batch = []
     for i in range(query.ndim - 2):
@@ -481,14 +482,13 @@ def attention(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
         batch.append(ctx.merge(q[i], k[i], v[i]) if alike else None)
     ctx.contract(query, q[-1], key, k[-1])
     ctx.merge(k[-2], v[-2])
-    if args[5] if len(args) > 5 else kwargs.get("is_causal"):
+    if causal:
         for ids in (q[-2], k[-2]):
             ctx.pin(ids, "the order of the units matters")
     ctx.attended.extend(ids for ids in (*k, *v) if ids is not None)
     for axis in (q[-1], v[-1]):  # queries times keys, then the resulting weights times values
         macs = int(out.numel() // out.shape[-1]) * int(key.shape[-2])
         ctx.multiply(macs * int((query if axis is q[-1] else value).shape[-1]), [*batch, q[-2], k[-2], axis])
-    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     if isinstance(mask, Tensor):
         for i, ids in enumerate(reversed([*batch, q[-2], k[-2]][-mask.ndim :]), 1):
             if mask.shape[-i] != 1:

@@ -87,8 +87,7 @@ class _Calls(TorchFunctionMode):
             with swapped([(vars(self.operations), "asleep", True)]):
                 out = func(*args, **kwargs)
             self.context.at(name, self.operations.fake.running)
-            tensors_by_name = (kwargs[n] for n in ("query", "key", "value")[len(args) :])
-            _rules.attention(self.context, [*args, *tensors_by_name], kwargs, out)
+            _rules.attention(self.context, Call(name, args, kwargs), out)
             return out
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             self.context.at("data", self.operations.fake.running)
