@@ -1,14 +1,12 @@
 """Methods of solo-learn at all widths; the Trainer's part is `slimmable.integrations.lightning`."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from slimmable._checks import check_module
-from slimmable._convert import WIDTHS, slimify
-from slimmable.analysis.fake import left_behind
+from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable.training import SlimRecipe
 from slimmable.view.state import is_slim
 
@@ -33,7 +31,7 @@ def slim_recipe(method: Any, widths: Iterable[float] = WIDTHS, *, example_inputs
     slimify(method, widths, example_inputs=example_inputs, inplace=True)
     twins = []
     for (online, momentum), state in zip(pairs, weights, strict=True):
-        twin = copy.deepcopy(online, left_behind(online)).requires_grad_(False)
+        twin = copy_of(online).requires_grad_(False)
         twin.load_state_dict(state)
         method.set_submodule(names[momentum], twin)
         twins.append(twin)
