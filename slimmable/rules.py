@@ -146,9 +146,8 @@ class Operation:
         for tensor, axes, names in zip(self.outputs, self._axes, self._sources, strict=True):
             features = [self.tensors[name] for name in names if context.is_features(self.tensors[name])]
             origins = {context.origin(each) for each in features} or {"constant"}
-            origin = "weights" if fixed else "made" if self._made or origins == {"made"} else None
-            labels = [axes.get(axis) for axis in range(tensor.ndim)]
-            context.label(tensor, labels, "constant" if origins == {"constant"} and not origin else origin)
+            origin = "weights" if fixed else "made" if self._made else origins.pop() if len(origins) == 1 else None
+            context.label(tensor, [axes.get(axis) for axis in range(tensor.ndim)], origin)
 
 
 def _number(axis: int, tensor: Tensor, what: str) -> int:
