@@ -276,8 +276,11 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     origin = _origin_after(ctx, args, operands)
     for result in (each for each in tensors(out) if each.ndim):
         joined: list[Ids | None] = []
+        outer = set()
         for axis in range(1, result.ndim + 1):
             aligned = [t for t in operands if t.ndim >= axis and t.shape[-axis] == result.shape[-axis] != 1]
+            if ctx.operation == "mul" and {ctx.origin(tensor) for tensor in aligned} == {"weights"} != {origin}:
+                outer.add(result.ndim - axis)
             labels = [ctx.axes(tensor)[-axis] for tensor in aligned]
             ids = ctx.merge(*labels)
             if ids is not None and ctx.operation not in ("mul", "div"):
@@ -288,6 +291,7 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
                         ctx.residuals.append(ids)
             joined.append(ids)
         ctx.label(result, joined[::-1], origin)
+        vars(result)["slim_outer"] = outer  # axes that only weights have: a sum over others is a matrix product
 
 
 @rule_of(
@@ -301,15 +305,18 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
     results, given = tensors(out), arguments(ctx.schema, args, kwargs).get("dim")
     dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
-    axes = ctx.axes(source)
-    for dim in reduced if ctx.origin(source) != "weights" else ():
-        ctx.meet(axes[dim])
+    axes, origin = ctx.axes(source), ctx.origin(source)
+    made: set[int] = getattr(source, "slim_outer", set()) - reduced if ctx.operation == "sum" else set()
+    for dim in reduced if origin != "weights" else ():
+        ctx.consume(axes[dim], axes[dim]) if made else ctx.meet(axes[dim])
+    for dim in made:
+        ctx.produce(axes[dim])
     if ctx.operation == ctx.call.name in ("kthvalue", "topk"):
         ctx.constrain(ctx.call.argument(1, "k"), None, int(args[1]))
     for result in results:
         keep = result.ndim == source.ndim
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
-        ctx.label(result, left, ctx.origin(source))
+        ctx.label(result, left, "made" if made else origin)
     last = ctx.operation in ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk")  # they hold indices
     for result in results[1:] if last else results if ctx.operation.startswith("arg") else ():
         vars(result)["slim_numbered"] = [ids for dim in reduced if (ids := axes[dim]) is not None]

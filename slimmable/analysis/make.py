@@ -232,6 +232,7 @@ def filled_plan(fake: FakeModel, solution: Solution, rules: Plan) -> Plan:
     )
     plan.caches = fake.reach.caches
     plan.fill([counts[:-1].tolist() for counts in solution.counts])
+    unmade = {key for key in plan.channels.sizes if not grouping.groups_in(found.tensors[key])}
     for (path, name), axes in found.tensors.items():
         for axis, ids in ((axis, ids) for axis, ids in enumerate(axes) if ids is not None):
             groups = grouping.groups_in([ids])
@@ -241,6 +242,8 @@ def filled_plan(fake: FakeModel, solution: Solution, rules: Plan) -> Plan:
                 plan.pins.append(Pin((path, name, axis), len(ids), "all of its units go together"))
             elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
+            elif len(axes) > 1 and (path, name) in unmade and not labels.pinned(ids).any():
+                plan.pins.append(Pin((path, name, axis), len(ids), "no product, convolution or lookup makes its units"))
     return plan
 
 

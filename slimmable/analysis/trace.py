@@ -186,8 +186,10 @@ def _label_tensors(model: nn.Module, context: Context, skip: Skip) -> None:
         for name, tensor in tensors_of(module).items():
             if id(tensor) not in known:
                 known.add(id(tensor))
-                sizes = [n if axis < first_space else 1 for axis, n in enumerate(tensor.shape)]
-                axes = [context.labels.fresh(n) if n > 1 else None for n in sizes]
+                sizes = enumerate(tensor.shape)
+                axes = [context.labels.fresh(n) if n > 1 and axis < first_space else None for axis, n in sizes]
+                if vars(tensor).get("slim_diagonal"):
+                    axes[1] = axes[0]
                 context.label(tensor, axes, "weights")
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
             context.tensors[path, name] = context.axes(tensor)

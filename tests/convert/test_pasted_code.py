@@ -401,3 +401,58 @@ class Packed(nn.Module):
 def test_known_numbers_may_go_through_numpy():
     x = torch.randn(3, 6, 8, dtype=torch.float64)
     assert half(checked(made(Packed()), x, torch.tensor([6, 4, 2]))) < 0.35
+
+
+class Kernel(nn.Module):
+    """A layer of functions of each input: weights of a Kolmogorov-Arnold network, or centres of a radial basis."""
+
+    def __init__(self, inputs, units, kind):
+        super().__init__()
+        self.kind, self.bias = kind, nn.Parameter(torch.zeros(units))
+        self.weight = nn.Parameter(
+            torch.randn(units, inputs, *([4] if kind == "functions" else []), dtype=torch.float64)
+        )
+
+    def forward(self, x):
+        if self.kind == "functions":
+            found = torch.stack([x, x.sin(), x.cos(), x.tanh()], -1)
+            return (found[..., None, :, :] * self.weight).sum((-1, -2)) + self.bias
+        return (-(x[:, None] - self.weight).square().mean(-1)).exp() + self.bias
+
+
+def test_products_written_out_are_products_of_matrices():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    layers = [Kernel(inputs, units, "functions") for inputs, units in ((8, 32), (32, 16), (16, 4))]
+    plan = checked(made(nn.Sequential(*layers)), x, widths=(1.0, 0.5))
+    assert [group.units for group in plan.groups] == [32, 16]  # the last makes class scores
+
+
+def test_the_plan_names_weights_whose_units_no_layer_makes():
+    net = nn.Sequential(Kernel(8, 32, "centres"), nn.Linear(32, 4))
+    with pytest.warns(UserWarning, match="nothing in this Sequential gets narrower"):
+        slim = slimmable.slimify(net, example_inputs=torch.randn(3, 8))
+    reasons = {pin.axis: pin.reason for pin in slimmable.plan(slim).pins}
+    assert reasons["0", "weight", 0] == "no product, convolution or lookup makes its units"
+
+
+class Colours(nn.Conv2d):
+    """As in EDSR, which normalizes colours by a frozen convolution."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+
+    def freeze(self):
+        scales = torch.rand(self.out_channels, dtype=self.weight.dtype)
+        self.requires_grad_(False).weight.copy_(scales.diag()[..., None, None])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_scales_of_colours_mix_no_colours(frozen):
+    inner = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), Colours(16), nn.Conv2d(16, 3, 3, padding=1)
+    model = made(nn.Sequential(Colours(3), *inner, Colours(3)))
+    for each in (model[0], model[3], model[5]) if frozen else ():
+        each.freeze()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    checked(model, x, widths=(1.0, 0.5))
+    small = slimmable.extract(slimmable.slimify(model, (1.0, 0.5), example_inputs=x), 0.5)
+    assert [small[at].weight.shape[0] for at in (0, 1, 3, 4)] == ([3, 8, 8, 3] if frozen else [2, 8, 8, 2])
