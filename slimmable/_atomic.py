@@ -109,8 +109,9 @@ def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     found, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         kind = type(tensor.detach() if isinstance(tensor, Tensor) else tensor)
-        if kind is not Tensor or tensor.is_meta or tensor.layout != torch.strided:
-            said = kind.__name__ if kind is not Tensor else f"a tensor on {tensor.device}"
+        unknown = kind is Tensor and tensor.dtype in (torch.complex32, torch.complex128)  # to safetensors
+        if kind is not Tensor or unknown or tensor.is_meta or tensor.layout != torch.strided:
+            said = kind.__name__ if kind is not Tensor else f"{tensor.dtype}, {tensor.layout} on {tensor.device}"
             raise CheckpointError(f"{name} is {said}, not a plain tensor with values, and cannot be saved")
         plain = tensor.detach().to("cpu").contiguous()
         memory = plain.untyped_storage()

@@ -372,8 +372,14 @@ def test_what_no_file_can_hold_is_named(tmp_path):
 
         def set_extra_state(self, state): ...
 
-    for net, name in ((nn.Sequential(Counting(2, 2)), "0._extra_state"), (nn.Linear(2, 2, device="meta"), "weight")):
-        with pytest.raises(CheckpointError, match=f"{name} is .* cannot be saved"):
+    wide = nn.Linear(2, 2, dtype=torch.complex128)
+    meta = nn.Linear(2, 2, device="meta")
+    for net, said in (
+        (nn.Sequential(Counting(2, 2)), "0._extra_state is dict"),
+        (meta, "weight is .* meta"),
+        (wide, "complex128"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{said}.* cannot be saved"):
             slimmable.save(net, tmp_path / "net.safetensors")
     assert list(tmp_path.iterdir()) == []
 
