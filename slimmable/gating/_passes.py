@@ -144,13 +144,17 @@ class LayerGates(SwitchableContainer):
     def module_at(self, index: int) -> nn.Module:
         return _in_gated_pass(self, "at", index)
 
+    @property
+    def idle(self) -> bool:  # in the dense pass
+        return self.active_pass.active is Pass.DENSE
+
     def own_at(self, index: int) -> nn.Module:
         """Return the whole, which `ungate` then removes, since extracted networks have no gates."""
         return self
 
     def decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the layer that makes the units: decide from its input, and keep the mask for those that read them."""
-        if self.active_pass.active is Pass.DENSE:
+        if self.idle:
             return
         source: Tensor = args[0]
         others = [axis for axis in range(1, source.ndim) if axis != self.axis % source.ndim]
@@ -164,7 +168,7 @@ class LayerGates(SwitchableContainer):
     def mask(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before a reader, given by its number: return its arguments, with closed units set to zero."""
         source, *more = args
-        if self.active_pass.active is Pass.DENSE:
+        if self.idle:
             return self.linked(source), *more
         mask = self.decision.active.mask
         if mask is None or len(mask) != len(source):

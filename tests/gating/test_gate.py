@@ -597,3 +597,12 @@ def test_units_that_meet_get_no_gate(operation):
         assert re.fullmatch(rf"its units meet in {operation}\w* in function", reasons["second"])
     else:
         assert [gate.maker for gate in found.gates] == ["second"]
+
+
+def test_the_dense_pass_has_no_parameters_of_gates():
+    plain_model = plain("resnet18")
+    expected = sum(each.numel() for each in plain_model.parameters())
+    model = gate(slimmable.slimify(plain_model, (1.0, 0.5)))
+    assert slimmable.profile(model, (3, 64, 64), repeats=0).rows[0].parameters == expected
+    with gated(model):
+        assert slimmable.profile(model, (3, 64, 64), repeats=0).rows[0].parameters > expected
