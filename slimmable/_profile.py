@@ -63,8 +63,7 @@ class Profile:
         return "\n".join("{:>6} {:>12} {:>16} {:>12} {:>11}".format(*line) for line in self._lines())
 
     def _repr_html_(self) -> str:
-        header, *rows = self._lines()
-        return html_table(header, rows)
+        return html_table(self._lines())
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
         yield "width", "parameters", "MACs", "activations", "latency"

@@ -7,9 +7,9 @@ from html import escape
 from typing import Any
 
 
-def html_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Return an HTML table with its cells escaped, a long one in a box that scrolls."""
-    lines = [("th", header), *(("td", row) for row in rows)]
+def html_table(rows: Iterable[Sequence[object]]) -> str:
+    """Return an HTML table of a header and rows, with its cells escaped, a long one in a box that scrolls."""
+    lines = (("td" if number else "th", row) for number, row in enumerate(rows))
     cells = ["".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in line) for tag, line in lines]
     return f'<div style="max-height: 30em; overflow: auto"><table><tr>{"</tr><tr>".join(cells)}</tr></table></div>'
 

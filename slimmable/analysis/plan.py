@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from slimmable._checks import check_flags, check_rounding
+from slimmable._checks import check_count, check_flags, check_rounding
 from slimmable._modules import is_under
 from slimmable._tables import html_table, listed
 from slimmable._widths import Kept, disjoint_starts, kept_of, kept_units, number_or_nan, width_index
@@ -297,11 +297,9 @@ class Plan:
     def __post_init__(self) -> None:
         check_flags("slimify", overlap=self.overlap, universal=self.universal)
         check_rounding("slimify", rounding=self.rounding)
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ConversionError(f"round_to is {self.round_to!r}; it must be an integer of at least 1")
+        check_count("slimify", round_to=self.round_to)
         if self.universal and (self.switchable or not self.overlap):
-            what = "universal=True is for widths that share their weights"
-            raise ConversionError(f"{what}: leave out overlap and switchable")
+            raise ConversionError("universal=True needs widths that share their weights: overlap, nothing switchable")
 
     def __str__(self) -> str:
         groups = [f"{number:>5}  {units:>6}  {kept:<32}  {axes}" for number, units, kept, axes in _groups(self)]
@@ -315,10 +313,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """Return the plan as HTML tables for notebooks."""
-        header, *groups = _groups(self)
         pins = [[_axis(pin.axis), pin.size, pin.reason] for pin in self.pins]
-        full = html_table(["kept at full width", "units", "reason"], pins) if pins else ""
-        return html_table(header, groups) + full + html_table(["output", "shape", "kind", "reason"], _outputs(self))
+        full = html_table([["kept at full width", "units", "reason"], *pins]) if pins else ""
+        return html_table(_groups(self)) + full + html_table([["output", "shape", "kind", "reason"], *_outputs(self)])
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the axes of layers' weights: those of one colour share units, grey stay."""

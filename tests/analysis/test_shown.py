@@ -63,7 +63,7 @@ def test_every_conversion_of_timm_is_plain_data():
 def test_cells_of_a_table_are_escaped():
     expected = "<table><tr><th>width</th><th>MACs</th></tr><tr><td>0.5</td><td>&lt;10</td></tr></table>"
     box = '<div style="max-height: 30em; overflow: auto">'
-    assert html_table(["width", "MACs"], [[0.5, "<10"]]) == f"{box}{expected}</div>"
+    assert html_table([["width", "MACs"], [0.5, "<10"]]) == f"{box}{expected}</div>"
 
 
 def test_a_plan_is_a_table_in_a_notebook(plan):

@@ -139,7 +139,7 @@ def test_any_width_of_a_universal_model_is_rounded_alike():
     slim = slimmable.slimify(model, (1.0, 0.25), example_inputs=x, rounding="floor", universal=True)
     slimmable.set_width(slim, 0.79)
     assert slim.inner.weight.shape == (11, 7, 1, 1) == (int(14 * 0.79), int(10 * 0.79), 1, 1)
-    with pytest.raises(ConversionError, match="universal=True is for widths that share"):
+    with pytest.raises(ConversionError, match="universal=True needs widths that share"):
         slimmable.slimify(model, (1.0, 0.25), example_inputs=x, overlap=False, universal=True)
 
 

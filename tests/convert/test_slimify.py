@@ -492,8 +492,8 @@ def test_widths_that_cannot_be_used(images, widths):
     ("arguments", "message"),
     [
         ({"skip": "layre*"}, "layre.*matches no module"),
-        ({"round_to": 0}, "round_to is 0"),
-        ({"round_to": 1.5}, "round_to is 1.5"),
+        ({"round_to": 0}, "slimify: round_to must be a 64-bit integer of at least 1, got 0"),
+        ({"round_to": 1.5}, "round_to must be .* got 1.5"),
         ({"importance": "size"}, "importance 'size' is unknown; use None, \"magnitude\" or a function"),
         ({"example_inputs": None}, "example_inputs"),
         ({"example_inputs": torch.zeros(2, 5, 64, 64)}, r"cannot be traced: .*'conv1' \(Conv2d\)"),
@@ -503,7 +503,7 @@ def test_widths_that_cannot_be_used(images, widths):
 def test_arguments_that_cannot_be_used(images, arguments, message):
     model = tiny_resnet()
     before, kinds = states(model), [type(module) for module in model.modules()]
-    with pytest.raises(slimmable.errors.ConversionError, match=message):
+    with pytest.raises((slimmable.errors.ConversionError, slimmable.errors.UsageError), match=message):
         slimmable.slimify(model, WIDTHS, inplace=True, **{"example_inputs": images, **arguments})
     assert equal_states(states(model), before)
     assert [type(module) for module in model.modules()] == kinds

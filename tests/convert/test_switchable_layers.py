@@ -231,7 +231,7 @@ def test_what_cannot_be_switched(model, switchable, message):
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ConversionError, match="universal=True is for widths that share their weights"):
+    with pytest.raises(ConversionError, match="universal=True needs widths that share their weights"):
         converted(universal=True)
     for options in ({}, {"switchable": (), "overlap": False}):
         with pytest.raises(ConversionError, match="gates need widths that share their weights"):
