@@ -1,7 +1,7 @@
 """Distributed training: this process and the others, gathered tensors, averaged gradients."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, compress
 from typing import Any, cast
@@ -32,8 +32,8 @@ def rank() -> int:
     return dist.get_rank() if in_group() else 0
 
 
-def world_size() -> int:
-    return dist.get_world_size() if in_group() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if in_group() else 1
 
 
 def any_process(value: bool, device: torch.device) -> bool:
@@ -70,10 +70,11 @@ def check_same_widths(where: str, widths: str, device: torch.device, group: dist
         raise UsageError(f"{where}: {what}; give all recipes the same arguments, seed and number of steps")
 
 
-def averages_itself(model: nn.Module) -> bool:
-    """Tell whether DistributedDataParallel or `fully_shard` average gradients, for which all processes must run it."""
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    return wrapped or has_shards(model.parameters())
+def check_same_settings(where: str, settings: str, model: nn.Module) -> None:
+    """Run `check_same_widths` if DistributedDataParallel or `fully_shard` average, which all processes must reach."""
+    groups = [part.process_group for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    if world_size() > 1 and (groups or has_shards(model.parameters())):
+        check_same_widths(where, settings, next(model.parameters()).device, *groups[:1])
 
 
 def note_width(module: nn.Module, width: object) -> None:
@@ -115,23 +116,27 @@ def average_gradients(model: nn.Module) -> None:
     >>> average_gradients(layer)  # the only process: nothing to do
     """
     check_is_module("average_gradients", model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if world_size() == 1 or not parameters:
+    _average(model)
+
+
+def _average(model: nn.Module, group: dist.ProcessGroup | None = None, ignored: Container[str] = ()) -> None:
+    parameters = [own for name, own in model.named_parameters() if own.requires_grad and name not in ignored]
+    if world_size(group) == 1 or not parameters:
         return
     if has_shards(parameters):
         raise UsageError("average_gradients: the parameters are sharded; fully_shard averages their gradients itself")
     device, widths = parameters[0].device, {width for each in model.modules() for width in _trained.pop(each, ())}
-    check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device)
+    check_same_widths("average_gradients", ", ".join(sorted(widths, reverse=True)), device, group)
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
-    dist.all_reduce(used, dist.ReduceOp.MAX)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group)
     gradients: dict[torch.device, list[Tensor]] = {}
     for parameter in compress(parameters, used.tolist()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients.setdefault(parameter.grad.device, []).append(parameter.grad)
     for bucket in chain(*(_take_tensors(each, _BUCKET) for each in gradients.values())):  # type: ignore[no-untyped-call]
         flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        dist.all_reduce(flat, group=group)
+        flat /= world_size(group)
         torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))  # type: ignore[no-untyped-call]
 
 
@@ -141,12 +146,17 @@ def averaged_once(model: nn.Module) -> Iterator[None]:
     wrapped = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
     # not those under their `no_sync`, or with a static graph
     synced = [part for part in wrapped if part.require_backward_grad_sync and not part.static_graph]
+    one = "of DistributedDataParallel expects one backward pass in a step"
+    if any(part._comm_hooks for part in synced):
+        raise UsageError(f"SlimRecipe: a communication hook {one}; call backward on recipe.total(closure) instead")
+    if any(part._join_config.enable for part in synced):
+        raise UsageError(f"SlimRecipe: join {one}; give all processes the same number of batches instead")
     with ExitStack() as stack:
         for part in synced:
             stack.enter_context(part.no_sync())
         yield
     for part in synced:
-        average_gradients(part)
+        _average(part.module, part.process_group, part.parameters_to_ignore)
         part.require_forward_param_sync = True  # the next forward hands out buffers, as after a plain step
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_count, check_floats, check_fraction, check_function, checked, must_be
-from slimmable._distributed import averaged_once, averages_itself, check_same_widths, note_width, world_size
+from slimmable._distributed import averaged_once, check_same_settings, note_width
 from slimmable._width import places_of, set_width, widths_of
 from slimmable._widths import number_or_nan
 from slimmable.errors import DataError, UsageError, WidthError
@@ -318,11 +318,11 @@ class SlimRecipe:
             drawn = [self._random.uniform(narrowest, widest) for _ in range(self.random_widths)]
             weights = _weight_of_each(sorted([widest, *drawn, narrowest], reverse=True), self._mode)
         step = _Step(None, {1.0: 1.0}) if slow else _Step(self.distill, weights)
-        if not self._compared and world_size() > 1 and averages_itself(self.model):
+        if not self._compared:
             self._compared = True
             done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
             own = f"{', '.join(map(str, step.loss_weights))} ({done})"
-            check_same_widths("SlimRecipe", own, next(self.model.parameters()).device)
+            check_same_settings("SlimRecipe", own, self.model)
         self._step, self.losses, self.distillations = step, {}, {}
         try:
             for width in step.loss_weights:

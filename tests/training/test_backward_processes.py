@@ -183,9 +183,40 @@ def train_in_one_process(parts: str) -> list[list[dict[str, Any]]]:
     return found
 
 
+# -- settings of DistributedDataParallel: with all weight on the full width, a step is that of the plain network
+def plain_or_slim(slim: bool) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    return slimmable.slimify(net, (1.0, 0.5), example_inputs=torch.zeros(2, 4).double()) if slim else net
+
+
+def step_with(setting: str, rank: int, slim: bool) -> Any:
+    """Return the gradients of a step with this setting, or what a refusal says."""
+    model, groups = plain_or_slim(slim), [dist.new_group([each]) for each in range(2)]
+    if setting == "ignored":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.weight"])
+    wrapped = DistributedDataParallel(model, process_group=groups[rank] if setting == "group" else None)
+    if setting == "hook":
+        wrapped.register_comm_hook(None, lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future())
+    recipe = SlimRecipe(wrapped, loss_weights=[1.0, 0.0]) if slim else None
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    with wrapped.join() if setting == "join" else contextlib.nullcontext():
+        if recipe is None:
+            wrapped(x).square().mean().backward()
+            return gradients_of(model)
+        try:
+            recipe.backward(lambda: wrapped(x).square().mean())
+        except slimmable.errors.UsageError as error:
+            return str(error)
+    return gradients_of(model)
+
+
 def work(rank: int) -> dict[Any, Any]:
     """What each process does: everything once, since starting a process is slow."""
-    return {key: train(*way) for key, way in WAYS.items() if SHARDS or key[0] != "sharded"}
+    found: dict[Any, Any] = {key: train(*way) for key, way in WAYS.items() if SHARDS or key[0] != "sharded"}
+    for setting in ("group", "ignored"):
+        found |= {(setting, slim): step_with(setting, rank, slim) for slim in (False, True)}
+    return found | {setting: step_with(setting, rank, slim=True) for setting in ("hook", "join")}
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +251,15 @@ def test_both_processes_have_the_same_gradients(wrap, way, parts, processes):
         for name, gradient in ours["gradients"].items():
             other = theirs["gradients"][name]
             assert torch.equal(gradient, other) if gradient is not None else other is None, name
+
+
+@pytest.mark.parametrize("setting", ["group", "ignored"])
+def test_settings_of_the_wrapper_hold(setting, processes):
+    for found in processes:
+        torch.testing.assert_close(found[setting, True], found[setting, False], rtol=1e-12, atol=1e-12)
+
+
+def test_what_expects_one_backward_pass_is_refused(processes):
+    for found in processes:
+        assert "a communication hook of DistributedDataParallel expects one backward pass" in found["hook"]
+        assert "join of DistributedDataParallel expects one backward pass" in found["join"]
