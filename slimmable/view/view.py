@@ -38,7 +38,7 @@ def install_view(
         tensors: name of a parameter, buffer or tensor attribute -> for each width, what is kept of each axis.
         values: name of a plain attribute -> its value at each width.
         caches: name of an attribute in which the forward keeps results -> its value when empty. Each width has its own;
-            assigning one empties those of the others.
+            assigning one empties those of the others, unless a narrow forward has filled it.
     """
     if is_slim(module):
         raise ConversionError(f"{type(module).__name__} already has a width view; remove it first with remove_view")
@@ -159,7 +159,10 @@ def _cache_property(name: str) -> property:
 
     def put(self: Any, value: object) -> None:
         state = self._slim
-        for column in state.columns:
+        kept = [value] if not isinstance(value, (tuple, list)) else value
+        counted = isinstance(value, (int, float)) and value != state.blanks[name]
+        narrow = state.active is not state.columns[0]  # where a forward that keeps something leaves other widths alone
+        for column in () if narrow and (counted or any(isinstance(each, Tensor) for each in kept)) else state.columns:
             column.caches[name] = empty_cache(state.blanks[name])
         state.active.caches[name] = value
 
@@ -171,6 +174,10 @@ class _Viewed(HasWidths):
 
     _slim_view: ClassVar[tuple[type[nn.Module], _Names]]  # the module's own class, and the names of the properties
     _slim_lent: Mapping[str, Tensor | None] = {}  # parameters of another module, part of which this one reads
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a layer of the original class for tools that copy a layer by `type(layer)(...)`."""
+        return cls._slim_view[0](*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __repr__(self) -> str:
         if self._slim_view[0].__repr__ is nn.Module.__repr__:
@@ -253,7 +260,7 @@ class _ViewedWithBuffers(_Viewed):
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
     viewed = _viewed_class(base, names)  # type: ignore[arg-type]  # mypy takes no class for hashable
-    return viewed.__new__(viewed, *args)
+    return base.__new__(viewed, *args)
 
 
 def add_properties(

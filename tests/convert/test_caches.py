@@ -80,6 +80,39 @@ def test_every_width_has_its_own_cache(blank, filled):
                 assert torch.equal(slim.eval()(x), slimmable.extract(slim, width).train()(x))
 
 
+class Watched(nn.Module):
+    """Keeps what it computed for others to look at, counts its calls and averages its input, in plain attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.attended, self.calls, self.mean = None, 0, torch.zeros(())
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        self.attended = self.first(x).softmax(1)
+        return self.second(self.attended)
+
+
+def test_what_a_narrow_forward_keeps_leaves_that_of_the_full_width_alone():
+    x, plain = torch.ones(2, 4), Watched()
+    slim = slimmable.slimify(plain, WIDTHS, example_inputs=x)
+    for _ in range(3):
+        slimmable.run_widths(slim, x)
+        plain(x)
+    assert slim.calls == plain.calls == 3
+    assert torch.equal(slim.mean, plain.mean)
+    assert torch.equal(slim.attended, plain.attended)
+    slimmable.set_width(slim, 0.5)
+    slim(x)
+    assert slim.attended.shape == (2, 8)
+    slim.attended, slim.calls = None, 0  # a reset is one for all widths
+    slimmable.set_width(slim, 1.0)
+    assert slim.attended is None
+    assert slim.calls == 0
+
+
 def test_attention_that_caches_its_biases():
     torch.manual_seed(0)
     model = oracles.randomise(timm.create_model("levit_128s").double().eval())

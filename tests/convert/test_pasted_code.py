@@ -1,6 +1,7 @@
 """Idioms of pasted research code: distributions, branches of training, state that a forward leaves, new tensors."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -401,6 +402,18 @@ class Packed(nn.Module):
 def test_known_numbers_may_go_through_numpy():
     x = torch.randn(3, 6, 8, dtype=torch.float64)
     assert half(checked(made(Packed()), x, torch.tensor([6, 4, 2]))) < 0.35
+
+
+def test_a_layer_like_a_converted_one_is_made_by_its_class():
+    """As PEFT makes the layers of LoRA."""
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    slim = slimmable.slimify(net, (1.0, 0.5), example_inputs=x)
+    new = type(slim[0])(3, 16, kernel_size=1)
+    assert type(new) is nn.Conv2d
+    assert new(x).shape == (2, 16, 8, 8)
+    for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        assert torch.equal(slimmable.run_widths(twin, x)[0.5], slimmable.run_widths(slim, x)[0.5])
 
 
 class Kernel(nn.Module):
