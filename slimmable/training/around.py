@@ -5,9 +5,11 @@ import random
 import re
 import warnings
 import weakref
-from collections import defaultdict
+from array import array
+from collections import UserDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import is_dataclass
 from functools import partial, wraps
 from typing import Any, TypeAlias
 
@@ -24,13 +26,14 @@ from slimmable._modules import swapped, walk
 from slimmable.errors import UsageError
 from slimmable.losses import DistillationKind, nt_xent_logits
 from slimmable.view.norms import SwitchableContainer
-from slimmable.view.state import is_slim
+from slimmable.view.state import READ
 
 Store: TypeAlias = dict[str, Any]
 """The buffers, parameters or attributes of a module itself."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's own attributes, such as the hooks
-_CHANGEABLE = (set, bytearray, np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+_CHANGEABLE = (nn.Parameter, set, bytearray, array, np.ndarray, *_GENERATORS)
 
 
 class Once:
@@ -80,9 +83,8 @@ def shared_by_widths(modules: Iterable[nn.Module], without: Collection[nn.Module
 
 
 def stores_of(modules: Collection[nn.Module]) -> list[Store]:
-    """Return where modules themselves keep state; of slim layers, the attributes are the package's own."""
-    attributes = [vars(module) for module in modules if not is_slim(module)]
-    return [*attributes, *(store for module in modules for store in (module._buffers, module._parameters))]
+    """Return where modules themselves keep state."""
+    return [store for module in modules for store in (vars(module), module._buffers, module._parameters)]
 
 
 def _copied(store: Store) -> Any:
@@ -93,7 +95,9 @@ def _copied(store: Store) -> Any:
             return value
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             return value.clone()
-        return copy.deepcopy(value) if isinstance(value, (nn.Parameter, *_CHANGEABLE)) else value
+        if isinstance(value, _CHANGEABLE):
+            return copy.deepcopy(value)
+        return copy.copy(value) if isinstance(value, (dict, list, UserDict)) or is_dataclass(value) else value
 
     own = {name: it for name, it in store.items() if name not in _OF_EVERY_MODULE and not name.startswith("_slim")}
     return tree_map(copied, own) if own else {}  # most modules have none
@@ -220,6 +224,7 @@ class OptimizerCheck:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._updated: set[int] = set()  # ids of parameters
+        self._idle = ""  # the class of an optimizer whose parameters had no gradients
         self._hook: Any = None
 
     def before_gradients(self) -> None:
@@ -229,20 +234,25 @@ class OptimizerCheck:
             weakref.finalize(self, self._hook.remove)
         elif self._updated:
             self._hook.remove()
-            updated, self._updated = self._updated, set()
+            updated, self._updated, self._idle = self._updated, set(), ""
             held = {name: id(parameter) in updated for name, parameter in self._model.named_parameters()}
             # those of narrow norms, if the full norm's are held
             missing = [name for name in held if not held[name] and held.get(re.sub(r"\bnarrow\.\d+\.", "", name))]
             if missing:
                 what = f"the model's {missing[0]} and {len(missing) - 1} more"
                 warnings.warn(f"SlimRecipe: no optimizer has {what}; make it after slimmable.slimify", stacklevel=4)
+        elif self._idle:
+            raise UsageError(f"SlimRecipe: {self._idle} trains nothing of this model; make it after slimmable.slimify")
 
     def _look(self, optimizer: torch.optim.Optimizer, *step: Any) -> None:
         kind, held = type(optimizer).__name__, [each for group in optimizer.param_groups for each in group["params"]]
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
+            if READ.get() is not None and torch._C._current_graph_task_id() >= 0:
+                what = f"{kind} steps inside backward, which runs once for each width"
+                raise UsageError(f"SlimRecipe: {what}; call backward on recipe.total(closure) instead")
             if all(parameter.grad is None for parameter in self._model.parameters()):
                 raise UsageError(f"SlimRecipe: no gradients when {kind} steps; call zero_grad before recipe.backward")
         elif all(parameter.grad is None for parameter in held):
-            raise UsageError(f"SlimRecipe: {kind} trains nothing of this model; make it after slimmable.slimify")
+            self._idle = kind

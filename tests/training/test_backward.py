@@ -1,7 +1,9 @@
 """A step by `recipe.backward` equals the loop over widths, written out; what a step may change, it changes once."""
 
+import array
 import collections
 import copy
+import dataclasses
 import pickle
 import random
 
@@ -220,6 +222,11 @@ def test_a_momentum_encoder_that_moves_inside_the_closure_moves_once(assign):
     torch.testing.assert_close(dict(slow.named_buffers()), dict(before.named_buffers()))
 
 
+@dataclasses.dataclass
+class Meter:
+    calls: int = 0
+
+
 class Criterion(nn.Module):
     """Keeps state of every kind, and changes all of it when it is called."""
 
@@ -232,7 +239,9 @@ class Criterion(nn.Module):
         self.covariance = None
         self.count, self.history = 0, collections.deque(maxlen=5)
         self.table, self.array, self.seen = {"sums": [torch.zeros(2)]}, np.zeros(2), set()
-        self.generator = random.Random(3)
+        self.generator, self.draws = random.Random(3), torch.Generator().manual_seed(3)
+        self.tally, self.user = collections.Counter(), collections.UserDict(calls=0)
+        self.meter, self.numbers = Meter(), array.array("d")
         self.inner = nn.BatchNorm1d(8).double()
 
     def forward(self, z):
@@ -248,16 +257,33 @@ class Criterion(nn.Module):
         self.table[self.count] = self.generator.random()
         self.array += 1
         self.seen.add(self.count)
+        self.tally["calls"] += 1
+        self.user["calls"] += 1
+        self.meter.calls += 1
+        self.numbers.append(torch.rand((), generator=self.draws))
         if not hasattr(self, "added"):
             self.added = "at the first call"
         return self.scale * (z.square().mean() + self.queue.sum() + self.covariance.mean() + self.count)
 
 
 def state_of(criterion):
-    names = ["queue", "late", "prototypes", "covariance", "count", "table", "array"]
+    names = [
+        "queue",
+        "late",
+        "prototypes",
+        "covariance",
+        "count",
+        "table",
+        "array",
+        "tally",
+        "user",
+        "meter",
+        "numbers",
+    ]
     state = {name: getattr(criterion, name) for name in names} | {"inner": criterion.inner.state_dict()}
     listed = [*criterion.history, *criterion.seen, hasattr(criterion, "added"), *criterion.generator.getstate()[1]]
-    return state | {"listed": listed}
+    state |= {name: dict(state[name]) for name in ("tally", "user")} | {"meter": criterion.meter.calls}
+    return state | {"listed": listed, "numbers": list(criterion.numbers), "draws": criterion.draws.get_state()}
 
 
 @pytest.mark.parametrize("way", ["backward", "total", "loop"])
@@ -285,6 +311,26 @@ def test_all_state_of_a_criterion_changes_once_per_step(way):
         torch.testing.assert_close(state_of(criterion), state_of(its_criterion), rtol=0, atol=0)
     assert counts == [1] * 4 + [2] * 4 + [3] * 4
     assert kinds == {nn.Parameter}
+
+
+def test_what_a_step_notes_in_a_converted_model_changes_once_if_asked():
+    class Noting(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.steps, self.seen, self.queue = 0, [], torch.zeros(3)
+
+        def training_step(self, x):  # as of a LightningModule that is converted as a whole
+            self.steps += 1
+            self.seen.append(self.steps)
+            self.queue = torch.cat([self.queue[1:], torch.full((1,), self.steps)])
+            return self(x).square().mean()
+
+    x = torch.ones(2, 6)
+    model = slimmable.slimify(Noting(), WIDTHS, example_inputs=x)
+    recipe = SlimRecipe(model, once=[model])
+    for _ in range(3):
+        recipe.backward(lambda: model.training_step(x))
+    assert (model.steps, model.seen, model.queue.tolist()) == (3, [1, 2, 3], [1, 2, 3])
 
 
 def test_parameters_in_a_list_of_a_criterion_learn_at_every_width():
@@ -515,24 +561,42 @@ def test_an_optimizer_from_before_the_conversion_is_noticed(inplace):
     step = lambda: recipe.backward(lambda: model(torch.rand(2, 3, 32, 32)).square().mean())  # noqa: E731
     step()
     if not inplace:
+        optimizer.step()
         with pytest.raises(UsageError, match=r"SGD trains nothing of this model; make it after slimmable\.slimify"):
-            optimizer.step()
+            step()
         return
     optimizer.step()
     with pytest.warns(UserWarning, match=r"no optimizer has the model's .*narrow\.0.* after slimmable\.slimify"):
         step()
 
 
+@pytest.mark.parametrize("way", ["backward", "total"])
+def test_optimizers_that_step_inside_backward_need_the_total(way):
+    model, steps = network(), collections.Counter()
+    recipe = SlimRecipe(model)
+    for name, parameter in model.named_parameters():
+        optimizer = torch.optim.SGD([parameter], 0.1)
+        optimizer.register_step_post_hook(lambda *_, name=name: steps.update([name]))
+        parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step())
+    closure = lambda: model(views()[0]).square().mean()  # noqa: E731
+    if way == "total":
+        recipe.total(closure).backward()
+        assert set(steps.values()) == {1}
+        return
+    with pytest.raises(UsageError, match=r"SGD steps inside backward, .* call backward on recipe\.total\(closure\)"):
+        recipe.backward(closure)
+
+
 @pytest.mark.filterwarnings("error")
 def test_optimizers_that_are_in_order_are_let_be():
-    model, head = network(), nn.Linear(8, 2).double()
+    model, head, later = network(), nn.Linear(8, 2).double(), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     ours = [torch.optim.Adam(list(model.parameters())[:2]), torch.optim.AdamW(list(model.parameters())[2:])]
     other = torch.optim.SGD(head.parameters(), 0.1)
     recipe = SlimRecipe(model)
     for _ in range(3):
         for _ in range(2):  # accumulates
             recipe.backward(lambda: head(model(views()[0])).square().mean())
-        for optimizer in (other, *ours):
+        for optimizer in (later, other, *ours):  # the first has nothing to do yet
             optimizer.step()
             optimizer.zero_grad()
 
