@@ -1,7 +1,6 @@
 """Runs of pre-training: the network, a timm backbone with a method around it, what it starts from, and the folder."""
 
 import copy
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from slimmable._checks import check_matrices
 from slimmable._convert import extract, slimify
 from slimmable._tables import differences, listed, listing
 from slimmable._width import widths_of
-from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text
+from slimmable.cli.config import DIGITS, PretrainConfig, kind_of, printable, read_text, suggestion
 from slimmable.errors import CheckpointError, ConversionError, SlimmableError, UsageError, explained
 from slimmable.files.description import Tensors
 from slimmable.files.model import load, read_weights, save
@@ -169,12 +168,11 @@ def make_timm(name: str, settings: Mapping[str, Any], image_size: int | None) ->
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError if timm has no model of this name, unless it is of the Hub or a folder; suggest similar ones."""
+    """Raise UsageError if timm has no model of this name, unless it is of the Hub or a folder; suggest one."""
     architecture = name.split(".")[0]
     if not name.startswith(_SOURCES) and not timm.is_model(architecture):
-        similar = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists the names."
-        raise UsageError(f"timm has no model {name!r}. {hint}")
+        similar = suggestion(architecture, timm.list_models())
+        raise UsageError(f"timm has no model {name!r}; timm.list_models() lists the names{similar}")
 
 
 def read_config(folder: Path) -> PretrainConfig:

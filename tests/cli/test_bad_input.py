@@ -31,7 +31,7 @@ def refused(capsys, *arguments):
         (["--widths", "1", "0"], "not in (0, 1]"),
         (["--widths", "1", "nan"], "not in (0, 1]"),
         (["--widths", "1", "1.5"], "not in (0, 1]"),
-        (["--model", "resnet5O"], "Did you mean resnet50"),
+        (["--model", "resnet5O"], "did you mean resnet50"),
         (["--model", "qqqqqqqqqq"], "timm.list_models()"),
         (["--model", "test_vit", "--image-size", "20"], "choose another --image-size"),
         (["--epochs", "0"], "--epochs must be from 1 to 1,000,000, got 0"),
@@ -265,7 +265,7 @@ def test_extract_at_an_unknown_width(run, capsys):
 @pytest.mark.parametrize("command", ["profile", "plan"])
 def test_unknown_model(command, capsys):
     assert "--widths: " in refused(capsys, command, "test_resnet", "--widths", "0.5")
-    assert "Did you mean" in refused(capsys, command, "resnet_18")
+    assert "did you mean" in refused(capsys, command, "resnet_18")
 
 
 def test_missing_package_names_the_extra(tmp_path, capsys, monkeypatch):

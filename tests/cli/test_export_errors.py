@@ -33,7 +33,7 @@ def refused(capsys, *arguments):
             ["resnet_18", "--width", "1"],
             "resnet_18 is neither a folder with config.json nor a file, and timm has no",
         ),
-        (["resnet_18", "--width", "1"], "Did you mean resnet18"),
+        (["resnet_18", "--width", "1"], "did you mean resnet18"),
         (["runs/none", "--width", "1"], "runs/none is neither a folder with config.json nor a file"),
         ([NAME, "--width", "0.3"], "--width 0.3 is not one of --widths (1.0, 0.75, 0.5, 0.25)"),
         ([NAME, "--width", "nan"], "--width nan is not one of"),
