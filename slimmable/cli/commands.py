@@ -314,8 +314,6 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if not argv:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    if argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        raise UsageError(f"there is no command {argv[0]}{suggestion(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)
     given = vars(arguments)
     name, _ = given.pop("command"), given.pop("print_completion")

@@ -440,7 +440,8 @@ DEVICES = (
     ("line", "message"),
     [
         # the program and its commands
-        (["plan resnet18"], "there is no command"),
+        (["plan resnet18"], "argument COMMAND: invalid choice: 'plan resnet18'"),
+        (["pretrian"], "; did you mean pretrain?"),
         (["--epochs", "3", "pretrain"], "invalid choice: '3'"),
         ([""], "'' is empty"),
         (["\0"], "'\\x00' is empty, longer than 4,096 characters, or not text"),
