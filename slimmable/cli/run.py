@@ -204,8 +204,6 @@ def save_checkpoint(path: Path, tensors: Tensors, step: int, images: str | None 
 
 def load_checkpoint(path: Path, images: str | None = None) -> tuple[dict[str, Tensor], int]:
     """Return the tensors that `save_checkpoint` wrote and the number of steps done; refuse those of other images."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no checkpoint {path}")
     metadata, tensors = read_tensors(path, _FORMAT, "slimmable pretrain")
     with explained(f"{path} is damaged", kind=CheckpointError):
         step = int(metadata["step"])

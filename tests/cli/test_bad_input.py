@@ -253,7 +253,7 @@ def test_checkpoint_of_other_widths(run, tmp_path, capsys):
 
 def test_run_without_checkpoint(run, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-    assert "there is no checkpoint" in refused(capsys, "export", str(tmp_path), "--width", "0.5")
+    assert "there is no file" in refused(capsys, "export", str(tmp_path), "--width", "0.5")
 
 
 def test_extract_at_an_unknown_width(run, capsys):
