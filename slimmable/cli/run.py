@@ -128,12 +128,6 @@ def build_method(
     return method
 
 
-def converted_backbone(config: PretrainConfig, channels: int, classes: int = 0) -> nn.Module:
-    """Return a fresh backbone of `config`, converted without the head of the method, or with timm's classifier."""
-    backbone, _ = make_backbone(config, channels, classes)
-    return _slimmed(config, backbone, torch.zeros(2, channels, config.image_size, config.image_size))
-
-
 def _slimmed(config: PretrainConfig, network: nn.Module, example: Tensor, order: str | None = None) -> nn.Module:
     rules: dict[str, Any] = {"universal": config.universal, "importance": order, "inplace": True}
     rules |= {"rounding": config.rounding, "round_to": config.round_to}
@@ -252,7 +246,8 @@ def save_networks(folder: Path, config: PretrainConfig, method: methods.Method, 
     whole = {MODEL: backbone} | ({CLASSIFIER: method.encoder} if config.method == "supervised" else {})
     for name, trained in whole.items():
         head: dict[str, Tensor] = {} if trained is backbone else method.encoder.get_submodule("projector").state_dict()
-        network, state = converted_backbone(config, channels, len(head.get("bias", ()))), backbone.state_dict()
+        plain, _ = make_backbone(config, channels, len(head.get("bias", ())))
+        network, state = _slimmed(config, plain, images), backbone.state_dict()
         for key in network.state_dict().keys() - state.keys() if head else ():
             state[key] = head.get(key.rpartition(".")[2], head["bias"])
         if not differences(network.state_dict(), state):

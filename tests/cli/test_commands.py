@@ -13,7 +13,7 @@ import slimmable
 from slimmable.__main__ import main
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.run import converted_backbone
+from slimmable.cli.run import new_method
 
 LOAD = """
 import sys, torch
@@ -154,7 +154,7 @@ def test_every_command_keeps_the_units_of_its_rounding(rounding, kept, tmp_path,
     (written,) = (tmp_path / "files").glob("*.safetensors")
     assert len(load_file(written)["layer2.0.conv1.weight"]) == kept[1]
     config = PretrainConfig(model="resnet10t", widths=(1.0, 0.7), rounding=rounding)
-    trained = slimmable.extract(converted_backbone(config, 1), 0.7)
+    trained = slimmable.extract(new_method(config, 1, 10).backbone, 0.7)
     assert [len(stage[0].conv1.weight) for stage in (trained.layer1, trained.layer2, trained.layer3)] == list(kept)
 
 

@@ -120,7 +120,7 @@ def test_a_backbone_that_keeps_other_channels_without_its_head_is_left_out(run, 
     config = read_config(run)
     method = trained_method(config, run, channels=1)
     other = slimmable.slimify(small_resnet(in_chans=1), (1.0, 0.5), example_inputs=torch.zeros(2, 1, 24, 24), skip="")
-    monkeypatch.setattr("slimmable.cli.run.converted_backbone", lambda config, channels, classes: other)
+    monkeypatch.setattr("slimmable.cli.run._slimmed", lambda config, network, example: other)
     assert save_networks(tmp_path, config, method, 1) == ["model.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"width-1.0.safetensors", "width-0.5.safetensors"}
 
