@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from slimmable._checks import check_flags, check_function, check_share, check_whole, checked, shown
+from slimmable._checks import check_flags, check_function, check_share, check_whole, checked, one_of, shown
 from slimmable._convert import copy_of, shallow_modules
 from slimmable._inputs import example_of, image_batch, is_size, output_tensors
 from slimmable._modules import in_eval_mode
@@ -255,14 +255,13 @@ def search(
     check_function("search", evaluate=evaluate)
     check_flags("search", progress=progress)
     check_share("search", step=step)
+    one_of(get_args(Cost))("search", of=of)
     plans = {id(state.plan): state.plan for _, state in places_of(model) if state.plan is not None}
     if len(plans) != 1:
         raise ConversionError(f"{type(model).__name__} has {len(plans)} parts that slimify converted; search needs one")
     plan: Plan = plans.popitem()[1]
     given: Any = budget
     budgets = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else [given]
-    if of not in get_args(Cost):
-        raise UsageError(f"search: of={of!r} is unknown; use 'macs', 'parameters' or 'latency'")
     if table is not None and of != "latency":
         raise UsageError(f"search: a table is for of='latency', not of={of!r}; got {table!r:.80}")
     if of == "latency" and not hasattr(table, "predict"):  # imported late, since that room looks at costs, too
