@@ -21,7 +21,7 @@ from slimmable.cli.report import DENSE, read_rows
 from slimmable.deploy.export import File, export as write
 from slimmable.errors import CheckpointError
 from slimmable.files.hub import model_card
-from slimmable.files.model import build, full_state_dict, load, read, read_weights
+from slimmable.files.model import full_state_dict, load, read, read_weights, skeleton
 from slimmable.view.state import is_slim
 
 
@@ -71,7 +71,7 @@ def file_source(path: Path, image_size: int | None = None) -> Source:
     height, width = size if isinstance(size, list) else (size, size)
     image = (arguments.get("in_chans", channels), height, width)
     with torch.device("meta"):
-        runs.output_for(image, build(recipe), f"the model in {path}")
+        runs.output_for(image, skeleton(recipe, model.state_dict()), f"the model in {path}")
     mean, std = tuple(known["mean"]), tuple(known["std"])
     return Source(recipe["timm"], model, widths_of(model), image, arguments, f"`{path.name}`.", mean, std)
 

@@ -243,30 +243,22 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
     return None
 
 
-def build(recipe: Mapping[str, Any]) -> nn.Module:
-    """Make a plain timm model with random weights; raise `CheckpointError` if timm cannot."""
-    import timm
+def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
+    """Make a plain timm model without memory; refuse what timm cannot make, or far too large for such `tensors`."""
+    import timm  # here, and not under the device, since its own imports make tensors and modules
 
     import slimmable._small_resnet  # noqa: F401  adds it to timm's models
 
-    with explained(f"timm cannot make the model {str(recipe)[:400]}", kind=CheckpointError):
+    largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
+    if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
+        raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
+    with explained(f"timm cannot make the model {str(recipe)[:400]}", kind=CheckpointError), torch.device("meta"):
         name, arguments = recipe["timm"], recipe["arguments"]
         known = ":" not in name and timm.is_model(name) and set(arguments).isdisjoint(_NEVER)
         if not known or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in tree_leaves(arguments)):
             raise ValueError("the name or the arguments are not those of a timm model")
         model: nn.Module = timm.create_model(name, **arguments)
     return model
-
-
-def skeleton(recipe: Mapping[str, Any], tensors: Tensors) -> nn.Module:
-    """Make a timm model without memory; refuse arguments far too large for such `tensors`."""
-    largest = max(_LARGE, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape), 0)
-    if any(isinstance(leaf, (int, float)) and abs(leaf) > largest for leaf in tree_leaves(recipe)):
-        raise CheckpointError(f"its tensors are too small for the model {str(recipe)[:400]}")
-    import timm  # noqa: F401  here, since its own imports make tensors and modules
-
-    with torch.device("meta"):
-        return build(recipe)
 
 
 def _candidates(model: nn.Module, config: Any, tensors: Tensors, rows: list[Any]) -> Iterator[dict[str, Any]]:
