@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable._tables import differences
 from slimmable._widths import check_widths
-from slimmable.errors import CheckpointError, UsageError
+from slimmable.errors import CheckpointError
 from slimmable.files.model import filled, is_plain, read_weights
 from slimmable.layers import SwitchableProbe
 
@@ -52,10 +52,8 @@ def load_slimclr(
     checked, source = check_widths(widths), "the checkpoint"
     if isinstance(checkpoint, (str, os.PathLike)):
         source, tensors = str(checkpoint), read_weights(checkpoint, "load_slimclr")
-    elif isinstance(checkpoint, Mapping):
-        tensors = checkpoint.get("state_dict", checkpoint)
     else:
-        raise UsageError(f"load_slimclr needs a path or a dict, got {type(checkpoint).__name__}")
+        tensors = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     given = _encoder(source, tensors)
     switched = "fc.linears.0.weight" in given
     scores = given.get("fc.linears.0.weight" if switched else "fc.weight")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import slimmable
 from slimmable import SwitchableProbe, at_width, load_slimclr, widths_of
-from slimmable.errors import CheckpointError, UsageError, WidthError
+from slimmable.errors import CheckpointError, WidthError
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "slimclr_resnet.safetensors")
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -307,7 +307,7 @@ def test_what_is_no_checkpoint(tmp_path, state):
             load_slimclr(nothing)
     with pytest.raises(CheckpointError, match="more than named plain tensors: epoch, model"):
         load_slimclr({"epoch": 3, "model": {}})
-    with pytest.raises(UsageError, match="a path or a dict, got list"):
+    with pytest.raises(CheckpointError, match="the checkpoint holds no state dict, but a list"):
         load_slimclr([state])
     with pytest.raises(WidthError):
         load_slimclr(state, widths=(0.5, 0.25))
