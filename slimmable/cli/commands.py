@@ -123,7 +123,7 @@ class _Network:
     checkpoint: Path | None = option(None, "weights, plain or converted, by torch.save or safetensors", metavar="FILE")
     pretrained: bool = option(False, "use timm's own weights, trained at the full width only")
     num_classes: int | None = option(None, "size of the classifier; 0: features come out", within=FROM_0)
-    image_size: int | None = option(None, **settings.SIZE)
+    image_size: int | None = option(None, "height and width in pixels", within=(1, 4096), shown="the model's own")
 
     def _source(self, asked: Sequence[float | str] = (ALL,)) -> tuple[Any, list[float], Path]:
         """Return the network, as a `Source`, the widths of it that are asked for, and where to write what is made."""

@@ -54,7 +54,6 @@ def read_text(path: Path, most: int) -> str:
 
 POSITIVE, FRACTION, SHARE = (1e-9, 1_000_000), (0, 1), (1e-6, 1 - 1e-6)  # the least and the most, for `within`
 FROM_1, FROM_0, UNITS = (1, 1_000_000), (0, 1_000_000), (1, 65_536)
-SIZE: dict[str, Any] = {"help": "height and width in pixels", "within": (1, 4096), "shown": "the model's own"}
 
 
 def option(default: Any = MISSING, help: str = "", **more: Any) -> Any:
