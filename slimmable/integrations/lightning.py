@@ -20,8 +20,6 @@ try:
 except ImportError:
     from pytorch_lightning import Callback
 
-__all__ = ["SlimCallback"]
-
 
 class SlimCallback(Callback):
     """Trains a LightningModule at all widths of a recipe, with the memory of one.

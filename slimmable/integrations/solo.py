@@ -10,8 +10,6 @@ from slimmable._convert import WIDTHS, copy_of, slimify
 from slimmable.training import SlimRecipe
 from slimmable.view.state import is_slim
 
-__all__ = ["slim_recipe"]
-
 
 def slim_recipe(method: Any, widths: Iterable[float] = WIDTHS, *, example_inputs: Any, **options: Any) -> SlimRecipe:
     """Convert a method of solo-learn in place, and return its recipe, which `SlimCallback` takes.
