@@ -97,13 +97,12 @@ def gate(
             for registered in converted.columns[len(found.plan.columns) :]:  # widths without gates, which run dense
                 gates._slim.keep([*gates._slim.columns, Column(registered.width, counts=registered.counts)])
     target = model if inplace else copy_of(model)
-    for planned, child, gates in built:
+    for planned, child, gates in built:  # in the order of the layers, so a gate decides after masks on its input
         for number, reader in enumerate(planned.readers):
             target.get_submodule(reader.path).register_forward_pre_hook(partial(gates.mask, number))
         maker = target.get_submodule(planned.maker)
         maker.add_module(child, gates.train(maker.training))
-    for planned, _, gates in built:  # after the masks on the same layer's input
-        target.get_submodule(planned.maker).register_forward_pre_hook(gates.decide)
+        maker.register_forward_pre_hook(gates.decide)
     if separate_norms:
         norms = [target.get_submodule(path) for path in {path for planned in found.gates for path in planned.norms}]
         replace_modules(target, {id(norm): PassNorm.of(norm, len(found.plan.columns)) for norm in norms})
