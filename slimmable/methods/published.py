@@ -153,11 +153,9 @@ class Supervised(Method):
     def forward(self, batch: Batch) -> Outcome:
         """Return the cross-entropy with the labels: class numbers of shape (batch,), or probabilities like the scores.
 
-        Raises: UsageError: if the batch has no labels. DataError: if they do not match the scores.
+        Raises: DataError: if the batch has no labels, or they do not match the scores.
         """
         scores, labels = self.encoder(batch.views[0]), batch.labels
-        if labels is None:
-            raise UsageError("Supervised learns from labels; give the batch some")
         probabilities = isinstance(labels, Tensor) and labels.is_floating_point()
         if not isinstance(labels, Tensor) or labels.shape != (scores.shape if probabilities else scores.shape[:1]):
             wanted = f"class numbers of shape {(len(scores),)}, or probabilities of shape {tuple(scores.shape)}"

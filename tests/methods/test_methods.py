@@ -14,7 +14,7 @@ from torch import nn
 
 import slimmable
 from slimmable import methods
-from slimmable.errors import DivergedError, UsageError
+from slimmable.errors import DataError, DivergedError, UsageError
 from slimmable.training import GradientDiagnostics, cosine_momentum
 from tests.methods.networks import DIM, FEATURES, HIDDEN, MAKE, WIDTHS, batch_of, encoder, gradients_of, make, recipe_of
 
@@ -277,7 +277,7 @@ def test_wrong_batches_are_refused():
     simclr, supervised = make("simclr"), make("supervised")
     with pytest.raises(UsageError, match=r"SimCLR\.step: takes 2 views of each image, got 1"):
         simclr.step(recipe_of(simclr), methods.Batch(batch_of(simclr).views[:1]), 0.8)
-    with pytest.raises(UsageError, match="Supervised learns from labels"):
+    with pytest.raises(DataError, match="Supervised: labels are None, expected class numbers"):
         supervised.step(recipe_of(supervised), methods.Batch(batch_of(supervised).views), 0.8)
 
 
