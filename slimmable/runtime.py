@@ -22,7 +22,6 @@ __all__ = ["Answer", "Cascade", "Session", "WidthController", "calibrate_cascade
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Confidence: TypeAlias = "Literal['probability', 'margin'] | Callable[[Any], Any]"
-Target: TypeAlias = Literal["accuracy", "macs"]
 _TRIED = 8000  # combinations of thresholds
 
 
@@ -222,7 +221,7 @@ class Cascade:
 
 
 def calibrate_cascade(
-    model: Any, loader: Iterable[Any], target: float, *, of: Target = "accuracy", **options: Any
+    model: Any, loader: Iterable[Any], target: float, *, of: Literal["accuracy", "macs"] = "accuracy", **options: Any
 ) -> Cascade:
     """Return a `Cascade` of `model`, or a given one, with thresholds chosen on held-out images.
 
