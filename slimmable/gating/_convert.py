@@ -189,8 +189,7 @@ def _describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
 def _restore(model: nn.Module, data: dict[str, Any]) -> nn.Module:
     """Gate a model in place from the data of `_describe`, and return it; the gates have random weights."""
-    norms, bias = bool(data["separate_norms"]), bool(data["bias"])
-    gate(model, **_arguments(model, data), separate_norms=norms, bias=bias, inplace=True)
+    gate(model, **_arguments(model, data), separate_norms=data["separate_norms"], bias=data["bias"], inplace=True)
     for made, (temperature, open_at_zero) in zip(_channel_gates(model), data["settings"], strict=True):
         check_positive("load", temperature=temperature)
         made.temperature, made.open_at_zero = float(temperature), bool(open_at_zero)
