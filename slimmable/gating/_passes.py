@@ -484,8 +484,3 @@ class GateBudget(nn.Module):
         self.reached = self.reached_at[width] = share.detach().mean()
         bound = bound_loss(gather(own[None]).mean(0), self.budget, p, self.bound_weight)
         return budget_loss(share, self.budget, self.budget_weight) + bound
-
-    def extra_repr(self) -> str:
-        """Return the settings, as in the constructor."""
-        names = ("budget", "budget_weight", "bound_weight", "alpha")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
