@@ -208,7 +208,7 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
     if not same:
-        raise UsageError("SlimRecipe: nothing to compare, no output has one size at all widths; return (loss, teach)")
+        raise UsageError("SlimRecipe: nothing to compare, no output learns and keeps its size; return (loss, teach)")
     shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}

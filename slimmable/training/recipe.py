@@ -132,7 +132,13 @@ class SlimRecipe:
             for part in self.parts(closure, **modules):
                 kind = part.device.type  # the whole step may be in autocast
                 with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-                    run_backward(part)
+                    try:
+                        run_backward(part)
+                    except RuntimeError as error:
+                        if "a second time" not in str(error):
+                            raise
+                        way = "make it in the closure, return (loss, teach), or call backward on recipe.total(closure)"
+                        raise UsageError(f"SlimRecipe: the loss reads a graph that is freed already; {way}") from error
         return self.losses[1.0]
 
     def total(self, closure: Callable[[], Loss], **modules: Modules) -> Tensor:

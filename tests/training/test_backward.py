@@ -587,6 +587,18 @@ def test_optimizers_that_step_inside_backward_need_the_total(way):
         recipe.backward(closure)
 
 
+def test_a_graph_from_before_the_closure_needs_the_total():
+    """As of a text tower that runs once for all widths."""
+    model, text = network(), nn.Linear(3, 8).double()
+    words = text(torch.ones(5, 3, dtype=torch.float64)).tanh()
+    closure = lambda: (model(views()[0]) * words).mean()  # noqa: E731
+    with pytest.raises(UsageError, match=r"a graph that is freed already; make it in the closure, .*recipe\.total"):
+        SlimRecipe(model).backward(closure)
+    words = text(torch.ones(5, 3, dtype=torch.float64)).tanh()
+    SlimRecipe(model).total(closure).backward()
+    assert text.weight.grad.any()
+
+
 @pytest.mark.filterwarnings("error")
 def test_optimizers_that_are_in_order_are_let_be():
     model, head, later = network(), nn.Linear(8, 2).double(), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
