@@ -243,7 +243,8 @@ def filled_plan(fake: FakeModel, solution: Solution, rules: Plan) -> Plan:
             elif not groups and (layers or labels.produced(ids).any()) and labels.pinned(ids).any():
                 plan.pins.append(Pin((path, name, axis), len(ids), labels.reason(ids)))
             elif len(axes) > 1 and (path, name) in unmade and not labels.pinned(ids).any():
-                plan.pins.append(Pin((path, name, axis), len(ids), "no product, convolution or lookup makes its units"))
+                why = "no product, convolution or lookup makes its units from features"
+                plan.pins.append(Pin((path, name, axis), len(ids), why))
     return plan
 
 

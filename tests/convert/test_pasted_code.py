@@ -445,7 +445,7 @@ def test_the_plan_names_weights_whose_units_no_layer_makes():
     with pytest.warns(UserWarning, match="nothing in this Sequential gets narrower"):
         slim = slimmable.slimify(net, example_inputs=torch.randn(3, 8))
     reasons = {pin.axis: pin.reason for pin in slimmable.plan(slim).pins}
-    assert reasons["0", "weight", 0] == "no product, convolution or lookup makes its units"
+    assert reasons["0", "weight", 0] == "no product, convolution or lookup makes its units from features"
 
 
 class Colours(nn.Conv2d):
