@@ -43,6 +43,7 @@ def test_the_causes_are_measured(tmp_path):
     assert table.count("| resnet10t |") == 2
 
 
+@pytest.mark.slow
 def test_sorted_batches_are_measured(tmp_path):
     result, table = quick("sorted", tmp_path)
     patterns, masked, *groups = result["rows"]

@@ -85,6 +85,7 @@ def test_gradient_diagnostics_are_measured(tmp_path):
     assert (tmp_path / "table.md").read_text().count("| resnet10t |") == 1
 
 
+@pytest.mark.slow
 def test_trajectories_are_drawn(tmp_path):
     quick("trajectory.run", tmp_path)
     assert len(list(tmp_path.glob("imbalance-*.png"))) == len(list(tmp_path.glob("gradients-*.csv"))) == 3
@@ -100,6 +101,7 @@ def test_trajectories_are_drawn(tmp_path):
     assert (tmp_path / "table.md").read_text().count("| SimCLR |") == 4
 
 
+@pytest.mark.slow
 def test_alternatives_are_measured(tmp_path):
     quick("alternatives.run", tmp_path)
     found = {path.name.partition("--")[0]: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}

@@ -12,14 +12,16 @@ import signal
 import socket
 from contextlib import suppress
 from dataclasses import MISSING, fields
-from functools import partial
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+import timm
 from PIL import Image
 
+import slimmable
 from slimmable.__main__ import main
 from slimmable._profile import profile
 from slimmable.cli.commands import COMMANDS, make_parser
@@ -330,6 +332,11 @@ class Caller:
         return None, said
 
 
+@cache
+def costs():
+    return profile(slimmable.slimify(timm.create_model("test_resnet"), (1.0, 0.5)), repeats=0)
+
+
 @pytest.fixture
 def caller(run, tmp_path, monkeypatch, capfd):
     def begin(*_, **__):
@@ -344,7 +351,7 @@ def caller(run, tmp_path, monkeypatch, capfd):
     work = ("pretrain.Training.take_step", "evaluation.rows_of_run", "export.write", "evaluation.features_in")
     for name in (f"cli.{name}" for name in work):
         monkeypatch.setattr(f"slimmable.{name}", begin)
-    monkeypatch.setattr("slimmable._profile.profile", partial(profile, repeats=0))
+    monkeypatch.setattr("slimmable._profile.profile", lambda *_, **__: costs())
     before = signal.signal(signal.SIGALRM, hang)
     yield Caller(run, capfd)
     signal.signal(signal.SIGALRM, before)

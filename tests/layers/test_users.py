@@ -216,7 +216,7 @@ def test_what_other_functions_do_in_a_thread_stays_there(model, workers):
     assert width_of(model) == 1.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["enter", "leave", "set", "read"]), st.integers(0, 2)), max_size=14
