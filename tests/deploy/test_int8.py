@@ -2,6 +2,7 @@
 widths share the integers of the full one.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,29 @@ def made(make):
     return slim.eval(), [(torch.randn(8, *size), torch.zeros(8)) for _ in range(2)]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return a function that exports a network once: all widths in one file, and each in one of its own."""
+    pytest.importorskip("onnxruntime")
+
+    @cache
+    def files(make):
+        folder, (slim, batches) = tmp_path_factory.mktemp(make.__name__), made(make)
+        slimmable.export(slim, folder / "all.onnx", calibration=batches)
+        for width in WIDTHS:
+            slimmable.export(slim, folder / f"{width}.onnx", width=width, calibration=batches)
+        return slim, batches[0][0], folder
+
+    return files
+
+
 @pytest.mark.parametrize("make", [mlp, resnet, vit])
-def test_each_width_is_that_of_its_own_file(make, tmp_path):
+def test_each_width_is_that_of_its_own_file(make, written, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    slim, batches = made(make)
-    slimmable.export(slim, tmp_path / "all.onnx", calibration=batches)
-    joined = runtime.InferenceSession(tmp_path / "all.onnx")
-    x = batches[0][0]
+    slim, x, folder = written(make)
+    joined = runtime.InferenceSession(folder / "all.onnx")
     for position, width in enumerate(WIDTHS):
-        path = tmp_path / f"{width}.onnx"
-        slimmable.export(slim, path, width=width, calibration=batches)
-        single = runtime.InferenceSession(path)
+        single = runtime.InferenceSession(folder / f"{width}.onnx")
         name = single.get_inputs()[0].name
         (alone,) = single.run(None, {name: x.numpy()})
         (found,) = joined.run(None, {name: x.numpy(), "width": np.array(position)})
@@ -59,7 +72,7 @@ def test_each_width_is_that_of_its_own_file(make, tmp_path):
         assert np.abs(found - alone).max() <= 0.02 * np.abs(expected).max()
     slimmable.export(slim, tmp_path / "float.onnx", example_inputs=x)
     if make is not mlp:
-        assert (tmp_path / "all.onnx").stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
+        assert (folder / "all.onnx").stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
 
 
 class Concatenated(nn.Module):
@@ -77,22 +90,21 @@ class Concatenated(nn.Module):
         return self.head(self.groups(self.last(both).relu() + self.places).relu().mean((2, 3)))
 
 
+def concatenated():
+    return Concatenated(), (3, 16, 16)
+
+
 def integers(path):
     """Return how many weights a file holds in int8."""
     stored = pytest.importorskip("onnx").load(path).graph.initializer
     return sum(int(np.prod(each.dims)) for each in stored if each.data_type == 3 and len(each.dims) > 1)
 
 
-@pytest.mark.parametrize(
-    ("make", "more"), [(mlp, 0), (resnet, 0), (vit, 0), (lambda: (Concatenated(), (3, 16, 16)), 16)]
-)
-def test_all_widths_share_their_integers(make, more, tmp_path):
+@pytest.mark.parametrize(("make", "more"), [(mlp, 0), (resnet, 0), (vit, 0), (concatenated, 16)])
+def test_all_widths_share_their_integers(make, more, written):
     """Those of layers: the parameter that one network adds has some of its own."""
-    pytest.importorskip("onnxruntime")
-    slim, batches = made(make)
-    slimmable.export(slim, tmp_path / "all.onnx", calibration=batches)
-    slimmable.export(slim, tmp_path / "full.onnx", width=1.0, calibration=batches)
-    assert integers(tmp_path / "all.onnx") == integers(tmp_path / "full.onnx") + more > more
+    _, _, folder = written(make)
+    assert integers(folder / "all.onnx") == integers(folder / "1.0.onnx") + more > more
 
 
 @pytest.mark.parametrize(("factor", "more"), [(-1, 0), (0, 8 * 27)])
