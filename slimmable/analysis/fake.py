@@ -41,12 +41,12 @@ class FakeModel:
         memo: dict[int, Any] = left_behind(model)
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in memo:
-                memo[id(tensor)] = fake = self.mode.from_tensor(tensor, static_shapes=True)
-                vars(fake)["slim_diagonal"] = _is_fixed_diagonal(tensor)
+                memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
         self.model: nn.Module = copy.deepcopy(model, memo).eval()
         self.made: list[weakref.ref[Tensor]] = []  # by the runs
         self.reach = Reach(self.model)
         self._buffers = {id(memo[id(real)]): real for real in model.buffers() if fits(real)}
+        self.frozen = {id(memo[id(real)]): real for real in model.parameters() if not real.requires_grad}
         self._given = example
         inputs = output_tensors(example)
         self._known = {id(tensor) for tensor in inputs if tensor is not inputs[0] and fits(tensor)}
@@ -112,14 +112,6 @@ class FakeModel:
             for mode in (*around, torch.no_grad(), _Shortcuts(self.made), *modes):
                 stack.enter_context(mode)
             return self.model(*args, **kwargs)
-
-
-def _is_fixed_diagonal(tensor: Tensor) -> bool:
-    """Tell whether it is a frozen weight that only scales each channel, such as those that normalize colours."""
-    if type(tensor) is not nn.Parameter or tensor.requires_grad or tensor.is_meta or tensor.dtype.itemsize < 2:
-        return False
-    square = tensor.ndim > 1 and tensor.shape[0] == tensor.shape[1]
-    return square and bool((filled := tensor.bool()).count_nonzero() == filled.diagonal().count_nonzero())
 
 
 def _bare(tensor: Tensor) -> Tensor:

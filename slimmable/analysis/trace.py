@@ -104,7 +104,7 @@ class _Calls(TorchFunctionMode):
 def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[int, int], outputs: Outputs) -> Context:
     """Run `fake` once and return the labels of all parameters, buffers and outputs, and what else that has found."""
     context = Context(widths, choices)
-    _label_tensors(fake.model, context, skip)
+    _label_tensors(fake, context, skip)
     operations = _Operations(context, fake)
 
     def pin(operation: str, why: str, read: Sequence[Tensor]) -> None:
@@ -178,9 +178,9 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     return failed
 
 
-def _label_tensors(model: nn.Module, context: Context, skip: Skip) -> None:
+def _label_tensors(fake: FakeModel, context: Context, skip: Skip) -> None:
     known = set[int]()
-    for path, module in model.named_modules():
+    for path, module in fake.model.named_modules():
         skipped = skip(path, module)
         first_space = 2 if isinstance(module, nn.modules.conv._ConvNd) else 99
         for name, tensor in tensors_of(module).items():
@@ -188,7 +188,7 @@ def _label_tensors(model: nn.Module, context: Context, skip: Skip) -> None:
                 known.add(id(tensor))
                 sizes = enumerate(tensor.shape)
                 axes = [context.labels.fresh(n) if n > 1 and axis < first_space else None for axis, n in sizes]
-                if vars(tensor).get("slim_diagonal"):
+                if id(tensor) in fake.frozen and _is_diagonal(fake.frozen[id(tensor)]):
                     axes[1] = axes[0]
                 context.label(tensor, axes, "weights")
                 context.labels.roles.extend(ids for ids in axes if ids is not None)
@@ -196,6 +196,15 @@ def _label_tensors(model: nn.Module, context: Context, skip: Skip) -> None:
             if skipped:
                 context.at(skipped if isinstance(skipped, str) else "skip", path)
                 context.pin_all([tensor])
+
+
+def _is_diagonal(weight: nn.Parameter) -> bool:
+    """Tell whether a weight only scales each channel, as frozen ones that normalize colours do."""
+    known = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype.itemsize > 1
+    if not known or weight.ndim < 2 or weight.shape[0] != weight.shape[1]:
+        return False
+    filled = weight.bool()
+    return bool(filled.count_nonzero() == filled.diagonal().count_nonzero())
 
 
 def _traced_attributes(model: nn.Module, context: Context) -> AbstractContextManager[None]:
