@@ -267,22 +267,10 @@ class Criterion(nn.Module):
 
 
 def state_of(criterion):
-    names = [
-        "queue",
-        "late",
-        "prototypes",
-        "covariance",
-        "count",
-        "table",
-        "array",
-        "tally",
-        "user",
-        "meter",
-        "numbers",
-    ]
+    names = ["queue", "late", "prototypes", "covariance", "count", "table", "array"]
     state = {name: getattr(criterion, name) for name in names} | {"inner": criterion.inner.state_dict()}
     listed = [*criterion.history, *criterion.seen, hasattr(criterion, "added"), *criterion.generator.getstate()[1]]
-    state |= {name: dict(state[name]) for name in ("tally", "user")} | {"meter": criterion.meter.calls}
+    state |= {"tally": dict(criterion.tally), "user": dict(criterion.user), "meter": criterion.meter.calls}
     return state | {"listed": listed, "numbers": list(criterion.numbers), "draws": criterion.draws.get_state()}
 
 
