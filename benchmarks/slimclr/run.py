@@ -3,6 +3,7 @@
     python -m benchmarks.slimclr.run                       # every arm and seed that has no result yet; hours
     python -m benchmarks.slimclr.run --data digits --seeds 0 1 --arms all alone
     python -m benchmarks.slimclr.run --data fashion        # see README.md
+    python -m benchmarks.slimclr.run --data cifar10 --folder data/    # also stl10; folder: one of images by class
     python -m benchmarks.slimclr.run --quick               # a smoke run of seconds
 
 Each run pre-trains by MoCo v2, on Fashion-MNIST by SimCLR, and evaluates the frozen features at every width. Finished
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision import datasets
 
 import slimmable
 from benchmarks.glyphs import glyphs
@@ -32,7 +34,7 @@ from benchmarks.runtime.training import read
 from benchmarks.training_data import Kept, Known, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Plain, batches_of, load_images
+from slimmable.cli.data import Images, Pictures, Plain, batches_of, folder_images, load_images
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import CHECKPOINT, Start, build_method, load_checkpoint
 from slimmable.evaluation import evaluate_features
@@ -92,6 +94,9 @@ SETS: dict[str, dict[str, Any]] = {
     "fashion-vicreg": ON_FASHION | {"method": "vicreg", "proj_dim": 256, "proj_hidden_dim": 256},
     "fashion-byol": ON_FASHION | {"method": "byol"},
     "fashion-large": ON_FASHION | {"num_images": 60_000, "epochs": 100},
+    "cifar10": ON_FASHION | {"data": "cifar10", "image_size": 32},
+    "stl10": ON_FASHION | {"data": "stl10", "image_size": 48},
+    "folder": ON_FASHION | {"data": "folder", "image_size": 64},
 }
 LARGE = {arm: FASHION[arm] for arm in ("alone", "ours", "published")}
 PASSES = {  # forwards of an image in a step: with gradients, and of the momentum encoder or the teacher
@@ -120,7 +125,11 @@ class Trained:
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
     """Return the arms of a set of `SETS`: name -> settings."""
-    return {"digits": ARMS, "glyphs": ARMS, "fashion": FASHION, "fashion-large": LARGE}.get(data, BY_OTHERS)
+    if data == "fashion-large":
+        return LARGE
+    if data in ("fashion-vicreg", "fashion-byol"):
+        return BY_OTHERS
+    return ARMS if data in ("digits", "glyphs") else FASHION
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
@@ -140,19 +149,41 @@ def fashion(count: int, validate: bool, folder: Path) -> Images:
     return Images(images[:count], labels[:count], *held_out, classes, 1, handwriting=True)
 
 
+def photographs(data: str, count: int, folder: Path) -> Images:
+    """Return `count` training images of CIFAR-10, STL-10 or a folder, drawn once for all seeds, and the test images."""
+    if data == "folder":
+        found = folder_images(folder, 0, print)
+    else:
+        train, test = (
+            datasets.CIFAR10(folder, train=part == "train") if data == "cifar10" else datasets.STL10(folder, split=part)
+            for part in ("train", "test")
+        )
+        found = Images(*tensors(train), *tensors(test), tuple(train.classes))
+    some = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:count]
+    chosen = found.train.take(some.tolist()) if isinstance(found.train, Pictures) else found.train[some]
+    return replace(found, train=chosen, train_labels=found.train_labels[some])
+
+
+def tensors(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images and classes of one of torchvision's data sets."""
+    if isinstance(part, datasets.CIFAR10):
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+    return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
+
+
 def images_of(config: PretrainConfig, validate: bool = False, folder: Path = FOLDER) -> Images:
     if config.data == "fashion":
         return fashion(config.num_images, validate, folder)
     if config.data == "glyphs":
         return glyphs(config.num_images, config.num_images // 4, config.image_size)
-    return load_images(config)
+    return load_images(config) if config.data == "digits" else photographs(config.data, config.num_images, folder)
 
 
 def network(data: str, channels: int, planes: tuple[int, ...]) -> nn.Module:
-    """Return the backbone: on Fashion-MNIST that of `slimmable pretrain`."""
-    if data == "fashion":
-        return small_resnet(in_chans=channels, channels=tuple(2 * each for each in planes))
-    return small_resnet(in_chans=channels, channels=planes, blocks=(1, 1, 1, 1), zero_init_last=True)
+    """Return the backbone: on photographs that of `slimmable pretrain`."""
+    if data in ("digits", "glyphs"):
+        return small_resnet(in_chans=channels, channels=planes, blocks=(1, 1, 1, 1), zero_init_last=True)
+    return small_resnet(in_chans=channels, channels=tuple(2 * each for each in planes))
 
 
 def pretrain(
@@ -315,7 +346,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=tuple(SETS), default=("digits", "glyphs"))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--arms", nargs="+", choices=tuple(dict.fromkeys((*ARMS, *FASHION))), help="default: all")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of Fashion-MNIST's four files")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the files of the photographs")
     parser.add_argument("--validate", action="store_true", help="try settings on Fashion-MNIST's validation images")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: a smoke run")
@@ -327,7 +358,7 @@ def main() -> None:
     for data in given.data[:1] if given.quick else given.data:
         path = given.out / f"{data}.csv"
         for seed in [0] if given.quick else given.seeds:
-            known: Known | None = None if data == "fashion-large" else {}  # its views would fill the memory
+            known: Known | None = None if data in ("fashion-large", "folder") else {}  # views would fill the memory
             for arm in given.arms or arms_of(data):
                 if (arm, str(seed)) not in {(row["arm"], row["seed"]) for row in read_rows(path)}:
                     unfinished = given.out / "unfinished" / f"{data}-{arm}-{seed}"

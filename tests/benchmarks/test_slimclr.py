@@ -1,12 +1,17 @@
 """The evidence on SlimCLR: runs are kept and not repeated, and the tables say what the rows hold."""
 
 import csv
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import cifar as cifar_module, stl10 as stl_module
 
 from benchmarks.slimclr import run, table
 from benchmarks.training_data import Kept, few_of_each
@@ -101,6 +106,54 @@ def test_the_cost_is_that_of_the_passes():
     steps, batch = 8, 128
     assert found["bare"] == batch * steps * (3 * sum(macs) + macs[0])
     assert found["slow start"] == batch * (steps * macs[0] + steps / 2 * 3 * (macs[0] + sum(macs)))
+
+
+def cifar(folder):
+    """Write CIFAR-10's files, of one image a class; its red is the number of the image, its class that modulo 10."""
+    inside = folder / "cifar-10-batches-py"
+    inside.mkdir()
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for at, name in enumerate(names):
+        pixels = np.zeros((10, 3, 32, 32), np.uint8)
+        pixels[:, 0] = np.arange(10 * at, 10 * at + 10)[:, None, None]
+        (inside / name).write_bytes(pickle.dumps({"data": pixels.reshape(10, -1), "labels": list(range(10))}))
+    (inside / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
+    return 50, 10
+
+
+def stl(folder):
+    inside = folder / "stl10_binary"
+    inside.mkdir()
+    for part in ("train", "test"):
+        pixels = np.zeros((20, 3, 96, 96), np.uint8)
+        pixels[:, 0] = np.arange(20)[:, None, None]
+        pixels.tofile(inside / f"{part}_X.bin")
+        (np.arange(20) % 10 + 1).astype(np.uint8).tofile(inside / f"{part}_y.bin")  # from one on
+    (inside / "class_names.txt").write_text("\n".join(f"class {number}" for number in range(10)))
+    return 20, 20
+
+
+def pictures(folder):
+    for number in range(30):
+        (folder / f"class {number % 10}").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"class {number % 10}" / f"{number}.png")
+    return 20, 10  # a third of each class is held out
+
+
+@pytest.mark.parametrize(("data", "write"), [("cifar10", cifar), ("stl10", stl), ("folder", pictures)])
+def test_users_photographs_are_trained_on(data, write, tmp_path, monkeypatch):
+    for module in (cifar_module, stl_module):
+        monkeypatch.setattr(module, "check_integrity", lambda *path: True)  # these are not the real files
+    train, test = write(tmp_path)
+    small = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 8, "image_size": 16, "num_images": 16}
+    config = run.configuration(data, "bare", 0, **small)
+    images = run.images_of(replace(config, num_images=1000), folder=tmp_path)
+    for part, labels, count in ((images.train, images.train_labels, train), (images.test, images.test_labels, test)):
+        reds = [int(part[at][0, 0, 0]) for at in range(count)]
+        assert [red % 10 for red in reds] == labels.tolist()
+        assert len(part) == len(set(reds)) == count
+    assert len(run.images_of(config, folder=tmp_path).train) == 16
+    assert len(list(run.run(data, "bare", 0, None, tmp_path, **small))) == len(run.WIDTHS)
 
 
 def test_intervals_and_paired_differences():
