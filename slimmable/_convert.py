@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from slimmable import rules as rules  # which registers rules that the analysis 
 from slimmable._checks import check_flags, check_whole
 from slimmable._described import follow_configs, follow_layers
 from slimmable._inputs import example_of
-from slimmable._modules import addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
+from slimmable._modules import M, addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
 from slimmable._tables import listed
 from slimmable._width import at_width, places_of, registered, widths_of
 from slimmable._widths import check_widths
@@ -35,7 +35,6 @@ from slimmable.view.state import Counts, WidthState, is_slim, state_of, take
 from slimmable.view.view import column_of, full_tensor, install_view, remove_view
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-M = TypeVar("M", bound=nn.Module)
 Skip = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-Layer = TypeVar("Layer", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
 _ABSENT = object()
 
 
@@ -115,7 +115,7 @@ def unannounced(base: type[nn.Module], body: dict[str, Any], *mixins: type) -> t
     return type(base.__name__, (quiet, *mixins, base), as_base | body)
 
 
-def twin_of(module: nn.Module, kind: type[Layer]) -> Layer:
+def twin_of(module: nn.Module, kind: type[M]) -> M:
     """Return a module of class `kind` with the same Parameters, buffers, settings, hooks and training flag."""
     twin = kind.__new__(kind)
     for name, value in module.__dict__.items():  # copies the dicts and sets of parts and hooks

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 from slimmable._checks import checked
 from slimmable._convert import extract, plain, plan_of, slimify
 from slimmable._inputs import Arguments, Inputs
-from slimmable._modules import in_eval_mode
+from slimmable._modules import M, in_eval_mode
 from slimmable._widths import kept_of
 from slimmable.analysis.importance import Importance
 from slimmable.analysis.plan import Plan, Setting
 from slimmable.errors import ConversionError, DataError
 from slimmable.training.batchnorm import ModelInput, batches_of, collect
 
-M = TypeVar("M", bound=nn.Module)
 _PLACES = 64  # of each image, in which a convolution or a layer over tokens is fitted
 _FORWARDS = [kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 

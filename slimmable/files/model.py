@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_whole, checked
-from slimmable._convert import M, apply_plan, copy_of, misfits, plain, plan_of
+from slimmable._convert import apply_plan, copy_of, misfits, plain, plan_of
 from slimmable._described import Facts, facts, fitting, named_in_forward
-from slimmable._modules import ADDONS, MODULES, addons_of, replace_modules
+from slimmable._modules import ADDONS, MODULES, M, addons_of, replace_modules
 from slimmable._tables import differences
 from slimmable._width import places_of, registered
 from slimmable.errors import CheckpointError, SlimmableError, explained

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
-from slimmable._modules import ADDONS, AddOn, in_eval_mode, replace_modules, swapped
+from slimmable._modules import ADDONS, AddOn, M, in_eval_mode, replace_modules, swapped
 from slimmable._tables import differences
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
@@ -27,8 +27,6 @@ from slimmable.gating._passes import ChannelGate, GatedPass, LayerGates, PassNor
 from slimmable.gating._plan import GATE, PLAN, SKIPPED, TEMPERATURE, GatePlan, decode, gate_plan
 from slimmable.training.batchnorm import ModelInput, batches_of, calibrate_bn
 from slimmable.view.state import Column, state_of
-
-M = TypeVar("M", bound=nn.Module)
 
 _PART = re.compile(r"(.*\.)?(channel_gate(_\d+)?\.at|gated)\.\d+\.")  # of a gate or norm, in a state dict
 
