@@ -1,11 +1,9 @@
 """Modules of any class: match, replace and copy them, switch them for a while, subclass unnoticed; add-ons to them."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -98,11 +96,6 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def empty_cache(blank: object) -> object:
-    """Return an empty cache to fill; a tensor needs no copy, since it is only ever replaced."""
-    return blank if isinstance(blank, Tensor) else copy.copy(blank)
-
-
 def unannounced(base: type[nn.Module], body: dict[str, Any], *mixins: type) -> type[nn.Module]:
     """Return a subclass of `base`, with mixins before it, that no `__init_subclass__` puts into a registry."""
     # modules can be given the class if its first base with attributes follows the same one without, such as `ABC`
@@ -141,8 +134,7 @@ MODULES = {"gating": "slimmable.gating"}  # name in files -> the module that reg
 ADDONS: "dict[str, AddOn]" = {}  # those whose modules have been imported
 
 
-@dataclass(frozen=True)
-class AddOn:
+class AddOn(NamedTuple):
     """The functions of one add-on."""
 
     refusal: str  # why a model that has it cannot be converted, and how to remove it; follows "this ResNet"

@@ -5,6 +5,7 @@ the slice of the active width, and `module.num_heads` the number at that width, 
 The Parameters stay full-size under their own names, where optimizers and state dicts look for them.
 """
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 
-from slimmable._modules import empty_cache, tensors_of, unannounced
+from slimmable._modules import tensors_of, unannounced
 from slimmable._widths import Kept
 from slimmable.errors import ConversionError
 from slimmable.view.state import Column, Counts, HasWidths, WidthState, is_slim, make_cut, put, state_of, take
@@ -64,7 +65,7 @@ def column_of(
     """Return what a module has at a width, by the units kept of its tensors' axes, and the values of attributes."""
     full = ((name, full_tensor(module, name), axes) for name, axes in kept.items())
     cuts = {name: make_cut(it, axes, f"{type(module).__name__}.{name}") for name, it, axes in full if it is not None}
-    empty = {name: empty_cache(blank) for name, blank in (caches or {}).items()}
+    empty = {name: copy.copy(blank) for name, blank in (caches or {}).items()}
     return Column(width, cuts={name: cut for name, cut in cuts.items() if cut}, values=dict(values), caches=empty)
 
 
@@ -163,7 +164,7 @@ def _cache_property(name: str) -> property:
         counted = isinstance(value, (int, float)) and value != state.blanks[name]
         narrow = state.active is not state.columns[0]  # where a forward that keeps something leaves other widths alone
         for column in () if narrow and (counted or any(isinstance(each, Tensor) for each in kept)) else state.columns:
-            column.caches[name] = empty_cache(state.blanks[name])
+            column.caches[name] = copy.copy(state.blanks[name])
         state.active.caches[name] = value
 
     return property(get, put)
