@@ -83,12 +83,11 @@ class FakeModel:
     @contextmanager
     def in_training(self) -> Iterator[None]:
         """Let the model run as in training while the block runs; what the last run has found stays that of before."""
-        with swapped([(vars(self.reach), name, found) for name, found in vars(self.reach).items()]):
+        modes = [(vars(module), "training", module.training) for module in self.model.modules()]
+        found = [(vars(self.reach), name, value) for name, value in vars(self.reach).items()]
+        with swapped(modes + found):
             self.model.train()
-            try:
-                yield
-            finally:
-                self.model.eval()
+            yield
 
     @property
     def running(self) -> str:
