@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from slimmable.errors import CheckpointError
 
+T = TypeVar("T")
 PARTIAL = ".partial-"  # how the names of temporary folders begin; only a killed process leaves one
 _ENTRY = "slimmable"  # the one entry of a file's metadata, all texts as JSON: several come in a random order
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file of this name in a temporary folder, flush it to disk, and only then replace `path`."""
+def write_aside(path: Path, write: Callable[[Path], T]) -> T:
+    """Return what `write` does, which makes a file in a temporary folder; only once it is on disk, replace `path`."""
     if not path.name:
         raise CheckpointError(f"{path} is a folder; pass the path of a file")
     try:
         with _moved_up(path.parent) as aside:
-            write(aside / path.name)
+            return write(aside / path.name)
     except (OSError, SafetensorError) as error:
         kept = "; the previous one is unharmed" if os.path.exists(path) else ""
         raise CheckpointError(f"cannot write {path} ({error}){kept}") from error

@@ -103,9 +103,8 @@ def export(
         example_inputs = Inputs(*batches[0][0], **batches[0][1])
     network = model if width is None else extract(model, width)
     runs: list[float | None] = [*chosen] if width is None else [None]
-    files = list[File]()
 
-    def fill(aside: Path) -> None:
+    def fill(aside: Path) -> File:
         one, three = (batch_of(network, example_inputs, size) for size in (1, 3))
         program: Program
         if kind == "safetensors":
@@ -145,11 +144,10 @@ def export(
                 by = f"{offs[-1]:.1e} of the largest output{where} (allowed: {bound:g})"
                 raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
         size = sum(part.stat().st_size for part in aside.parent.iterdir())
-        files.append(File(path.name, width, size, max(offs), any_batch))
+        return File(path.name, width, size, max(offs), any_batch)
 
     with in_eval_mode(network):
-        write_aside(path, fill)
-    return files[0]
+        return write_aside(path, fill)
 
 
 def _run(model: nn.Module, *args: Any, width: float | None = None, **kwargs: Any) -> Any:
