@@ -23,7 +23,7 @@ from slimmable._inputs import example_of
 from slimmable._modules import M, addons_of, detach_all, is_under, replace_modules, tensors_of, undone_on_error, walk
 from slimmable._tables import listed
 from slimmable._width import at_width, places_of, registered, widths_of
-from slimmable._widths import check_widths
+from slimmable._widths import WIDTHS, check_widths
 from slimmable.analysis.fake import left_behind
 from slimmable.analysis.importance import Importance, moved, order_units, permute
 from slimmable.analysis.make import make_plan
@@ -34,7 +34,6 @@ from slimmable.view.norms import Switchable, SwitchableContainer, SwitchableNorm
 from slimmable.view.state import Counts, WidthState, is_slim, state_of, take
 from slimmable.view.view import column_of, full_tensor, install_view, remove_view
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
 Skip = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 

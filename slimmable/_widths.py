@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from slimmable.errors import WidthError
 
+WIDTHS = (1.0, 0.75, 0.5, 0.25)  # by default
 ROUNDINGS = ("nearest", "floor")
 Kept: TypeAlias = "int | tuple[int, ...] | None"  # units of an axis at a width: the first k, these (ascending), or all
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import yaml
 
-from slimmable._widths import ROUNDINGS, check_widths
+from slimmable._widths import ROUNDINGS, WIDTHS as DEFAULT_WIDTHS, check_widths
 from slimmable.errors import SlimmableError, UsageError, WidthError
 
 DIGITS = "digits"
@@ -29,7 +29,6 @@ AUGMENTATIONS = ("digits", "mocov2", "simclr", "byol", "gated", "supervised")
 _AS_TIMM = "as timm says for the model; for digits in [0, 1]"
 _CROPS = "0.56; for folders 0.08 or 0.2"
 _IN_ORDER = ("wds", "tfds", "hfids")  # data sets that can only be read from first to last
-DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 _MOST = 100  # numbers in a list
 _USUAL = " ".join(map(str, DEFAULT_WIDTHS))
 WIDTHS: dict[str, Any] = {"help": "fractions of the channels, in (0, 1], including 1", "shown": _USUAL, "metavar": "W"}

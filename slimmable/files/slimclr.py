@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimmable._convert import WIDTHS, copy_of, slimify
+from slimmable._convert import copy_of, slimify
 from slimmable._tables import differences
-from slimmable._widths import check_widths
+from slimmable._widths import WIDTHS, check_widths
 from slimmable.errors import CheckpointError
 from slimmable.files.model import filled, is_plain, read_weights
 from slimmable.layers import SwitchableProbe

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from slimmable._checks import check_module
-from slimmable._convert import WIDTHS, copy_of, slimify
+from slimmable._convert import copy_of, slimify
+from slimmable._widths import WIDTHS
 from slimmable.training import SlimRecipe
 from slimmable.view.state import is_slim
 

@@ -18,9 +18,9 @@ from timm import models, scheduler, task as tasks
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 
-from slimmable._convert import WIDTHS, extract, slimify
+from slimmable._convert import extract, slimify
 from slimmable._width import set_width
-from slimmable._widths import check_widths
+from slimmable._widths import WIDTHS, check_widths
 from slimmable.errors import CheckpointError, UsageError
 from slimmable.losses import OnlineDistillation
 from slimmable.training.recipe import SlimRecipe, check_recipe
