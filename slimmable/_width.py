@@ -1,7 +1,7 @@
 """Switching between widths: resolve a width, widths by layer or channel counts to each module's column."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
@@ -47,8 +47,7 @@ def set_width(model: nn.Module, width: Setting) -> None:
     switch(columns_of(places_of(model), width))
 
 
-@contextmanager
-def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
+def at_width(model: nn.Module, width: Setting) -> AbstractContextManager[None]:
     """Run a block at `width`, then return every part to its previous width, even after an error.
 
     It holds for the block's thread or asyncio task, and for what it starts there by `asyncio`. Raises: as `set_width`.
@@ -60,8 +59,7 @@ def at_width(model: nn.Module, width: Setting) -> Iterator[None]:
     >>> width_of(layer)
     1.0
     """
-    with switched(columns_of(places_of(model), width)):
-        yield
+    return switched(columns_of(places_of(model), width))
 
 
 def widths_of(model: nn.Module) -> tuple[float, ...]:
@@ -90,10 +88,9 @@ def run_widths(model: nn.Module, *args: Any, **kwargs: Any) -> dict[float, Any]:
     >>> {width: tuple(output.shape) for width, output in outputs.items()}
     {1.0: (2, 4), 0.5: (2, 2)}
     """
-    outputs, widths = {}, widths_of(model)
-    with at_width(model, widths[0]):
-        for width in widths:
-            set_width(model, width)
+    outputs = {}
+    for width in widths_of(model):
+        with at_width(model, width):
             outputs[width] = model(*args, **kwargs)
     return outputs
 
