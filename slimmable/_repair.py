@@ -87,7 +87,7 @@ def repair(
                 if not _fit((small, layer), (full, wide), units, batches, ridge):
                     why = "a batch holds nan or infinity, or ridge is 0"
                     raise DataError(f"repair: the fit of {paths[layer]} is not finite; {why}")
-    collect(small, [Inputs(*args, **kwargs) for args, kwargs in batches], [None], small.modules(), bar=False)
+    collect(small, batches, [None], small.modules())
     return small
 
 

@@ -59,7 +59,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
         raise UsageError(f"calibrate_bn: widths must be a list of them, got {widths!r}")
     chosen = widths_of(model) if widths is None else tuple(widths)
     with registered(model, chosen), at_width(model, 1.0):
-        collect(model, loader, chosen, model.modules())
+        collect(model, batches_of("calibrate_bn", model, loader), chosen, model.modules())
 
 
 @checked
@@ -67,15 +67,12 @@ def calibrate_bn(model: nn.Module, loader: Iterable[ModelInput], widths: Iterabl
 def collect_statistics(model: nn.Module, loader: Iterable[ModelInput]) -> None:
     """Calibrate the active width as `calibrate_bn` does, if it is not one of the model's own; others do not change."""
     containers = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
-    collect(model, loader, [None], [each.module_at(-1) for each in containers if each._slim.index == -1], bar=False)
+    guests = (each.module_at(-1) for each in containers if each._slim.index == -1)
+    collect(model, batches_of("calibrate_bn", model, loader, bar=False), [None], guests)
 
 
 def collect(
-    model: nn.Module,
-    loader: Iterable[ModelInput],
-    widths: Sequence["Setting | None"],
-    modules: Iterable[nn.Module],
-    bar: bool = True,
+    model: nn.Module, batches: Iterable[Arguments], widths: Sequence["Setting | None"], modules: Iterable[nn.Module]
 ) -> None:
     """Run every batch at each of `widths` (None: the active one); norms of `modules` that run get new statistics."""
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -89,7 +86,7 @@ def collect(
         for norm in norms:
             type(norm).reset_running_stats(norm)  # the norm itself may refuse it
             norm.training = True
-        for args, kwargs in batches_of("calibrate_bn", model, loader, bar):
+        for args, kwargs in batches:
             for width in widths:
                 if width is not None:
                     set_width(model, width)
