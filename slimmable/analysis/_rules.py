@@ -188,7 +188,8 @@ class Context:
             return result
         carried = [np.moveaxis(ids.reshape(shape), axis, 0).reshape(shape[axis], -1) for axis in able]
         for axis, rows in zip(able, carried, strict=True):
-            if self.labels.same(rows, np.broadcast_to(rows[:, :1], rows.shape)):
+            roots = self.labels.find(rows)
+            if (roots == roots[:, :1]).all():
                 result[axis] = rows[:, 0]
                 return result
         whole = [all(float(shape[axis] * width).is_integer() for width in self.widths) for axis in able]

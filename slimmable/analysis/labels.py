@@ -78,10 +78,6 @@ class Labels:
     produced = partialmethod(_marked, mark=_PRODUCED)
     ordered = partialmethod(_marked, mark=_ORDERED)
 
-    def same(self, first: Ids, second: Ids) -> bool:
-        """Tell whether `first[i]` and `second[i]` are in one class, for every i."""
-        return np.array_equal(self.find(first.ravel()), self.find(second.ravel()))
-
     def untouched(self) -> Mask:
         """Tell of each id whether nothing has merged or marked it."""
         roots = self.find(np.arange(len(self)))
