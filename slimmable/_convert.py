@@ -198,7 +198,7 @@ def extract(model: M, width: Setting, *, repair: "Iterable[Any] | None" = None) 
                     else:  # laid out as the full one, such as in `channels_last`
                         own = torch.empty_like(full[tuple(map(slice, part.shape))]).copy_(part)
                     memo[id(full)] = nn.Parameter(own, full.requires_grad) if isinstance(full, nn.Parameter) else own
-        small: M = memo[id(model)] if id(model) in memo else copy_of(model, memo)
+        small = copy_of(model, memo)  # of a container, what memo has
         for module, active in slim:
             twin = memo[id(module)]
             if is_slim(twin):  # not if the class copies itself through its constructor
@@ -310,10 +310,10 @@ def apply_plan(model: nn.Module, found: Plan) -> nn.Module:
     for path, module in list(model.named_modules()):
         own = {name: found.tensors[path, name] for name in tensors_of(module) if (path, name) in found.tensors}
         changed = [column.values.get(path, {}) for column in found.columns]
-        if (inside and path.startswith(inside)) or isinstance(module, SwitchableContainer):
+        if path.startswith(inside) or isinstance(module, SwitchableContainer):
             continue
         if (isinstance(module, _BatchNorm) and own) or path in found.switchable:
-            inside = (*inside, f"{path}.") if path else inside
+            inside = (*inside, f"{path}.")
             if isinstance(module, _BatchNorm):
                 kept = next([axes[0] for axes in per_width] for per_width in own.values() if len(per_width[0]) == 1)
                 norm: Switchable = SwitchableNorm(module, found.widths, kept, shared_affine=found.universal)

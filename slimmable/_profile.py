@@ -29,7 +29,7 @@ from slimmable.analysis.plan import Plan, SubNetwork
 from slimmable.errors import ConversionError, UsageError, require
 from slimmable.training.batchnorm import ModelInput, collect_statistics
 from slimmable.view.norms import SwitchableContainer
-from slimmable.view.state import state_of
+from slimmable.view.state import is_slim
 
 Cost = Literal["macs", "parameters", "latency"]
 
@@ -119,7 +119,7 @@ def profile(
     args, kwargs = example_of(model, example_inputs)
     if example_inputs is None:
         args = (args[0][:1],)
-    slim = any(state_of(module) is not None for module in model.modules())
+    slim = any(map(is_slim, model.modules()))
     wait = torch.cuda.synchronize if any(weight.is_cuda for weight in model.parameters()) else nullcontext
     rows = []
     for width in tqdm(widths_of(model) if slim else (1.0,), "profile", leave=False, disable=None):  # on terminals
