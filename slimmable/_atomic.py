@@ -22,7 +22,7 @@ _ENTRY = "slimmable"  # the one entry of a file's metadata, all texts as JSON: s
 
 
 def write_aside(path: Path, write: Callable[[Path], T]) -> T:
-    """Return what `write` does, which makes a file in a temporary folder; only once it is on disk, replace `path`."""
+    """Let `write` make a file aside, flush it to disk, and only then replace `path`; return what `write` returned."""
     if not path.name:
         raise CheckpointError(f"{path} is a folder; pass the path of a file")
     try:

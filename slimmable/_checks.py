@@ -129,7 +129,7 @@ BY_NAME = {name: check for check, names in _NAMES.items() for name in names.spli
 
 
 def _choice(kind: Any) -> Callable[..., None] | None:
-    """Return the check of what is annotated as one of some texts, or as a list of them, and None for all else."""
+    """Return the check for an annotation that allows some texts, or lists of them; None for any other annotation."""
     each = get_args(kind)[0] if get_origin(kind) is Sequence else kind
     if get_origin(each) is not Literal:
         return None
@@ -198,7 +198,7 @@ def check_tensors(where: str, **tensors: object) -> None:
 
 
 def check_floats(where: str, numel: int | None = None, /, **tensors: object) -> None:
-    """Raise `DataError` unless all of `tensors` are floats, and as many as `numel`, or at least one."""
+    """Raise `DataError` unless each of `tensors` holds floats: `numel` of them or, by default, at least one."""
     for name, tensor in tensors.items():
         size = tensor.numel() if isinstance(tensor, Tensor) and tensor.is_floating_point() else 0
         if not size or numel not in (None, size):

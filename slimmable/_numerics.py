@@ -18,7 +18,7 @@ def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:
 
 
 def standardised(features: Tensor) -> Tensor:
-    """Return (batch, features) with mean 0 and variance 1 of each feature over the batch, as BatchNorm's, eps 1e-5."""
+    """Return (batch, features) scaled to mean 0 and variance 1 over the batch, as by a BatchNorm with eps 1e-5."""
     return F.layer_norm(at_least_float32(features).T, features.shape[:1]).T
 
 

@@ -200,7 +200,7 @@ class Reach:
                         self._hidden.append((place, key, blank if place.space else _MISSING))
 
     def show_tensors(self, failed: nn.Module | None = None) -> bool:
-        """Show what was not made again, or what `failed` most likely lacked; return if the forward must run again."""
+        """Show what was not made again, or what `failed` likely lacked; tell whether the forward must run again."""
         shown = self._missing
         if failed is not None:
             near = [kept for kept in self._hidden if kept[1] in vars(failed)]

@@ -30,7 +30,7 @@ def listed(names: Sequence[str], most: int | None = None) -> str:
 
 
 def listing(kinds: Mapping[str, Sequence[str]], most: int | None = None) -> str:
-    """Return a line for each kind that has names, after a line break and two spaces, as `listed` lists them."""
+    """Return a line for each kind that has names, as `listed` lists them, behind a line break and two spaces."""
     return "".join(f"\n  {kind}: {listed(names, most)}" for kind, names in kinds.items() if names)
 
 

@@ -57,7 +57,7 @@ def kept_of(size: int, kept: Kept) -> int:
 
 
 def kept_units(units: int, width: float, round_to: int = 1, rounding: str = "nearest") -> int:
-    """Return how many of `units` are kept at `width`: a multiple of `round_to`, the nearest or the floor; not none."""
+    """Return how many of `units` are kept at `width`: a multiple of `round_to`, the nearest or the floor, never 0."""
     if width == 1:
         return units
     share = units * width / round_to

@@ -38,7 +38,7 @@ Metric = Literal["cosine", "euclidean"]
 
 _CHUNK = 1024  # images whose neighbours are found together
 _NOISE = 1e-14  # as a share of the mean square: a smaller variance is float32 rounding
-_NO_EPS = 1e-30  # too small to change a variance from `_scaled`; torch 2.11 does not allow 0
+_NO_EPS = 1e-30  # too small to change a variance, which is at least 1e-12; torch 2.11 does not allow 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     """Return indices, ascending, of a fraction of the images, as many of each class, at least one, chosen by `seed`.
 
-    Of a class with fewer, they are all; a larger fraction keeps those of a smaller one. For a loader, pass them to
+    A class that has fewer gives all; a larger fraction includes the images of a smaller one. For a loader, pass them to
     `torch.utils.data.Subset`. Shapes: class numbers (images,) -> (kept images,).
     Raises: DataError: if `labels` are not class numbers. UsageError: if `fraction` is not in [0, 1].
 

@@ -23,7 +23,7 @@ NEIGHBOURS = "neighbouring units are mixed"
 class Operation:
     """One call of an operation, as its rule sees it.
 
-    `op["weight"]` is the argument of that name in the operation's schema, or its default. Verbs take such a name of a
+    `op["weight"]` is the argument of that name in the operation's schema, or its default. Verbs take the name of a
     tensor, or "indices[0]" for the first of a list, and one of its axes. About an optional tensor that was not passed,
     and about axes of size 1, which are broadcast, they say nothing. If the rule leaves out an axis on which there are
     units, the operation counts as one without a rule; what it does say is believed.

@@ -47,7 +47,7 @@ def save_onnx(written: Any, path: Path) -> Program:
 
 
 def save_joined(written: Sequence[Any], path: Path, names: Names, macs: Mapping[float, int | None]) -> Program:
-    """Write `ONNXProgram`s of the widths of `macs`, which are taken apart, as one; it is called with one as `width`."""
+    """Write the `ONNXProgram`s of the widths in `macs`, taken apart, as one file; return it, called with a `width`."""
     written[0].model = _join([each.model for each in written], names, {"widths": [*macs], "macs": [*macs.values()]})
     run = save_onnx(written[0], path)
     return lambda *args, width, **kwargs: run(*args, kwargs, torch.tensor([*macs].index(width)))

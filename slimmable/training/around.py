@@ -171,7 +171,7 @@ class Calls:
         return swapped(self._noting)
 
     def outputs(self) -> list[Tensor] | None:
-        """Return what the model, or the last of several, returned that can learn; `logits` only; None without calls."""
+        """Return what of the model's outputs, or the last of several models', can learn, or `logits` alone; or None."""
         found = []
         for part, output in self._calls:
             learn = [(name, each) for name, each in named_tensors(output) if each.requires_grad and each.ndim >= 2]
