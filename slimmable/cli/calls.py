@@ -103,8 +103,6 @@ def _as_in_a_new_process() -> Iterator[None]:
 
 _MEANINGS = "".join(f"        {name}: {help_text(each)}\n" for name, each in _OPTIONS.items())
 pretrain.__doc__ = (pretrain.__doc__ or "").replace("    Raises:", f"    Args:\n{_MEANINGS}\n    Raises:")
-pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-     for name, each in _OPTIONS.items()],
-    return_annotation=Run,
-)  # fmt: skip
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_SHOWN = [inspect.Parameter(own.name, _KEYWORD, default=own.default, annotation=own.type) for own in _OPTIONS.values()]
+pretrain.__signature__ = inspect.Signature(_SHOWN, return_annotation=Run)  # type: ignore[attr-defined]
