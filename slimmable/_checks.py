@@ -15,8 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.compiler import is_compiling
-from torch.nn.parameter import is_lazy
 
 from slimmable._widths import ROUNDINGS, number_or_nan
 from slimmable.errors import DataError, SlimmableError, UsageError
@@ -81,7 +79,7 @@ def check_module(where: str, model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(f"{where}: {path or 'the model'!r} is TorchScript; pass the model from before scripting")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
+        if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{where}: {name} has no size yet; run the model once first")
 
 
@@ -155,7 +153,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
-        if is_compiling():
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
             given = signature.bind(*args, **kwargs).arguments

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
@@ -113,7 +112,7 @@ def _is_recorded() -> bool:
     """Tell whether what a forward does is recorded, by autograd, a program, a mode, or hooks on all modules."""
     return (
         torch.is_grad_enabled()
-        or is_compiling()
+        or torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or nn.Module.__call__ is not _call

@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from slimmable._checks import checked
 from slimmable._convert import extract, plain, plan_of, slimify
@@ -76,7 +74,7 @@ def repair(
     paths = {layer: path for path, layer in small.named_modules() if type(layer).forward in _FORWARDS}
     with in_eval_mode(small):
         for norm in small.modules():  # so that each layer reads what the narrow network's statistics will give
-            norm.training = isinstance(norm, _BatchNorm) and norm.track_running_stats
+            norm.training = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
         with _calls(*paths) as ran:
             small(*batches[0][0], **batches[0][1])
         for layer in ran:
@@ -134,7 +132,7 @@ def _products(layer: Any, x: Tensor, lacking: Tensor, draw: torch.Generator) -> 
     """
     kernel, groups = getattr(layer, "kernel_size", ()), getattr(layer, "groups", 1)
     x, lacking = (each if each.ndim > len(kernel) + 1 else each[None] for each in (x, lacking))
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, nn.modules.conv._ConvNd):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
         for axis, (size, gap, step) in enumerate(zip(kernel, layer.dilation, layer.stride, strict=True)):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_classes, check_features, check_labelled, check_same_shape, checked, shown
@@ -383,7 +382,7 @@ def _minimised(
     first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, path: Any
 ) -> dict[float, nn.Linear]:
     """Return width -> a classifier of features like the `first`, `shared` or its own, that minimises `probe_loss`."""
-    new = partial(skip_init, nn.Linear, out_features=classes)  # draws no random numbers
+    new = partial(nn.utils.skip_init, nn.Linear, out_features=classes)  # draws no random numbers
     linears = {width: new(part.shape[1], device=part.device, dtype=part.dtype) for width, part in first.items()}
     linears = dict.fromkeys(first, linears[1.0]) if shared else linears
     parameters = dict(nn.ModuleList(linears.values()).named_parameters())

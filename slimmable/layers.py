@@ -7,7 +7,6 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from slimmable._checks import BY_NAME, check_flags, checked, shown
 from slimmable._modules import twin_of
@@ -123,7 +122,7 @@ class SlimLinear(_SlimProduct, nn.Linear):
         self._install(check_widths(widths), slim_in, slim_out, overlap=overlap, rounding=rounding)
 
 
-class _SlimConv(_SlimProduct, _ConvNd):
+class _SlimConv(_SlimProduct, nn.modules.conv._ConvNd):
     @checked
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...],

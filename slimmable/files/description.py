@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from slimmable._convert import misfits
@@ -104,7 +103,7 @@ def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _kind(module: nn.Module) -> str:
     """Return the name of a module's class; converters swap BatchNorms for those of other dimensions or processes."""
     name = type(module).__name__
-    return re.sub(r"^Sync|\dd$", "", name) if isinstance(module, _BatchNorm) else name
+    return re.sub(r"^Sync|\dd$", "", name) if isinstance(module, nn.modules.batchnorm._BatchNorm) else name
 
 
 def _read_in(model: nn.Module) -> set[str]:

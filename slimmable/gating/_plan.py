@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimmable._checks import checked, shown
 from slimmable._convert import Skip, plain, plan_of, skipper
@@ -264,7 +263,7 @@ class _Finder:
         outputs = {id(self.trace.calls[path][0].out) for path in readers}
         norms = []  # on the group's channels, and directly after the layers that read it
         for path, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and path in self.trace.calls:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and path in self.trace.calls:
                 axes = [ids for name in ("weight", "running_mean") for ids in self.trace.tensors.get((path, name), ())]
                 after = any(id(call.source) in outputs for call in self.trace.calls[path])
                 norms += [path] if after or group in self._groups_on(*axes) else []

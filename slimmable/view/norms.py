@@ -10,8 +10,6 @@ from typing import Any, ClassVar, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,7 +68,7 @@ class SwitchableContainer(HasWidths):
         if not torch.is_grad_enabled():
             return output
         linked: Tensor = _Linked.apply(output, self._static_graph, *self.parameters())
-        if not is_compiling() and linked.requires_grad and world_size() > 1:
+        if not torch.compiler.is_compiling() and linked.requires_grad and world_size() > 1:
             self._compare(wrapper, linked)
         return linked
 
@@ -84,7 +82,7 @@ class SwitchableContainer(HasWidths):
             check_same_widths("DistributedDataParallel", width, output.device, wrapper.process_group)
 
 
-class _Linked(Function):
+class _Linked(torch.autograd.Function):
     """The identity, whose backward reaches further tensors, with zeros for a static graph, which else drops them."""
 
     @staticmethod
