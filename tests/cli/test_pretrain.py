@@ -251,7 +251,7 @@ def test_every_method_resumes_to_the_same_numbers(method, tiny, run, tmp_path, m
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_run_in_float16_resumes_to_the_same_numbers_and_skips_what_overflows(opt, tiny, tmp_path, monkeypatch):
     """The first steps overflow, so none of their gradients changes a weight; the scale is part of the checkpoint."""
     scaler = torch.amp.GradScaler

@@ -128,7 +128,7 @@ def fresh_plan(style):
 def test_a_plan_is_the_same_whatever_ran_before():
     fresh = {style: fresh_plan(style) for style in STYLES}
     assert all("16" in plan for plan in fresh.values())
-    for order in itertools.permutations(STYLES, 3):
+    for order in itertools.permutations(STYLES, 2):
         for style in order:
             assert plan_of(style) == fresh[style]
             make, shape = STYLES[style]

@@ -61,7 +61,7 @@ blocks = st.lists(st.tuples(kinds, st.integers(1, 10).map(lambda n: 2 * n)), min
 narrow = st.lists(st.integers(1, 99), min_size=1, max_size=3, unique=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(blocks, narrow, st.integers(1, 4))
 def test_random_networks(layout, percents, round_to):
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_networks_of_functional_operations():
     """
     found: list[Found] = []
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(layouts, conversions)
     def run(layout, conversion):
         found.append(check(layout, conversion))

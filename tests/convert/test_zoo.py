@@ -21,8 +21,8 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SMALLEST: dict[str, str] = json.loads((Path(__file__).parent / "zoo.json").read_text())
 SAMPLE = (
     "byobnet", "convnext", "cspnet", "densenet", "edgenext", "efficientnet", "efficientvit_msra", "eva", "fasternet",
-    "hgnet", "levit", "mambaout", "maxxvit", "mlp_mixer", "mobilenetv3", "nfnet", "regnet", "repghost", "resnet",
-    "sknet", "starnet", "vision_transformer", "vision_transformer_relpos", "xcit",
+    "hgnet", "levit", "mambaout", "maxxvit", "mlp_mixer", "mobilenetv3", "nfnet", "regnet", "resnet", "starnet",
+    "vision_transformer", "vision_transformer_relpos",
 )  # fmt: skip
 MACS_AT_HALF = 0.34
 MORE_MACS = {"mobilenetv3": 0.37}  # depthwise convolutions and the classifier cost in proportion to the width
@@ -50,7 +50,7 @@ def test_it_converts_and_half_width_takes_a_third_of_the_multiply_adds(module):
     assert cost[0.25] < cost[0.5] < cost[0.75] < cost[1.0]
 
 
-@pytest.mark.parametrize("module", ["resnet", "vision_transformer", "levit", "regnet", "xcit", "densenet"])
+@pytest.mark.parametrize("module", ["resnet", "vision_transformer", "levit", "regnet"])
 def test_a_plan_knows_what_a_counter_counts(module):
     with torch.device("meta"):
         model = timm.create_model(SMALLEST[module]).eval()

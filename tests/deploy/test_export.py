@@ -121,11 +121,11 @@ def features():
 
 
 def convnext():
-    return timm.create_model("test_convnext", num_classes=10), torch.rand(2, 3, 64, 64)
+    return timm.create_model("test_convnext", num_classes=10, depths=(1, 1, 1, 2)), torch.rand(2, 3, 64, 64)
 
 
 def vit():
-    return timm.create_model("test_vit", num_classes=10, img_size=64), torch.rand(2, 3, 64, 64)
+    return timm.create_model("test_vit", num_classes=10, img_size=64, depth=2), torch.rand(2, 3, 64, 64)
 
 
 def torchvision_net():

@@ -29,7 +29,7 @@ def resnet():
 
 
 def vit():
-    return timm.create_model("test_vit", num_classes=10, img_size=64), (3, 64, 64)
+    return timm.create_model("test_vit", num_classes=10, img_size=64, depth=2), (3, 64, 64)
 
 
 def made(make):
