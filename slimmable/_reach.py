@@ -98,7 +98,7 @@ class Reach:
         self.caches: dict[str, dict[str, Any]] = {}
         # where an earlier forward may have left tensors, with the blank that hides them, so that the next makes them
         self._hidden, self._missing = list[tuple[_Place, Any, Any]](), list[tuple[_Place, Any, Any]]()
-        self._model = model
+        self._model, self._inside = model, set(model.modules())
         self._places: dict[int, _Place] = {}
         self._memos: dict[int, Any] = {}
         self._spaces, self._met = list[Any](), set[int]()
@@ -120,6 +120,8 @@ class Reach:
         kind = type(thing)
         if issubclass(kind, nn.Module):
             self._add(thing, space=True)
+            if thing not in self._inside:
+                self._add(thing._parameters)
             hooks = [vars(thing)[name] for name in _MODULE if name.endswith("hooks")]  # which a forward may add to
             return [*kind.__mro__, *self._places[id(thing)].entries().values(), *hooks, *thing._modules.values()]
         if issubclass(kind, FunctionType):
@@ -156,6 +158,8 @@ class Reach:
         with PROCESS:
             before = [(place, place.entries()) for place in self._places.values()]
             computing = set[int]()
+            parameters = {id(parameter) for parameter in self._model.parameters()}
+            reached = {id(vars(module).get("_flat_weights")) for module in self._inside}  # lists that widths change
 
             def clear() -> None:
                 for memo in self._memos.keys() - computing:  # for which nothing can stand, such as in a tuple
@@ -163,7 +167,11 @@ class Reach:
 
             try:
                 for place, entries in before:
+                    loose = id(place.holder) not in reached and not isinstance(place.holder, nn.Module)
                     for key, value in entries.items():
+                        if loose and id(value) in parameters:  # where no width reaches it
+                            place.put(key, alias := value.detach())
+                            vars(alias).update(vars(value), slim_elsewhere=True)
                         bound = isinstance(value, (staticmethod, classmethod))
                         memo = value.__func__ if bound else value
                         if id(memo) in self._memos and not isinstance(place.holder, set):
@@ -300,7 +308,8 @@ def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes the numbers of fake tensors that depend only on known ones: constants, buffers and inputs such as masks.
 
-    So code may branch on them, or size tensors by them. Scores, such as experts', are assumed to choose each in turn.
+    So code may branch on them, or size tensors by them. Scores, such as experts', are assumed to choose each in turn,
+    and masks made from features to choose everything.
     """
 
     def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None]) -> None:
@@ -313,6 +322,8 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         if name == "_grouped_mm" and args[1].ndim == 3:  # torch's own refuses float32 on shapes alone
             return args[0] @ (args[1][0] if args[0].ndim == 2 else args[1])
+        if name == "nonzero" and self._value(args[0]) is None:
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.long)
         features = args and isinstance(args[0], FakeTensor) and self._value(args[0]) is None
         if features and not func._schema.is_mutable and name not in _CHOICES and not name.startswith("index"):
             return func(*args, **kwargs)  # as most operations
@@ -362,17 +373,18 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _masks_as_indices(self, args: Any) -> Any:
-        """Replace known boolean masks, whose results have unknown shapes, with the indices that they select."""
+        """Replace boolean masks, whose results have unknown shapes, with the indices that they select."""
         indices: list[Any] = []
         for part in args[1] if isinstance(args[1], (list, tuple)) else ():
-            mask = self._value(part) if isinstance(part, Tensor) and part.dtype == torch.bool else None
+            if not isinstance(part, Tensor) or part.dtype != torch.bool:
+                indices.append(part)
+                continue
+            mask, chosen = self._value(part), part.numel()
             if mask is not None:
                 self.on_branch(_sources(part))
                 with _disable_current_modes():
-                    picked = mask.nonzero(as_tuple=True)
-                indices += [torch.empty_like(index, device=part.device) for index in picked]
-            else:
-                indices.append(part)
+                    chosen = int(mask.count_nonzero())
+            indices += [part.new_empty(chosen, dtype=torch.long) for _ in range(part.ndim)]
         return (args[0], indices, *args[2:]) if indices else args
 
 
@@ -396,6 +408,9 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
         know(indices, numbers, [scores])
 
 
+RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
+
+
 class ReadInMemory(TorchFunctionMode):
     """Replaces what reads numbers in memory: packed sequences, numbers in text; and runs two steps of a long RNN."""
 
@@ -414,7 +429,7 @@ class ReadInMemory(TorchFunctionMode):
             rows = [_padded(step, 0, sizes[0], padding) for step in data.split(sizes)]
             lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
             return _padded(torch.stack(rows, dim), dim, max(total, len(sizes)), padding), lengths
-        if name in ("gru", "lstm", "rnn_relu", "rnn_tanh") and isinstance(args[3], bool):  # not packed
+        if name in RECURRENT and isinstance(args[3], bool):  # not packed
             source, axis = args[0], int(args[-1])
             out, *states = func(source[:, :2] if axis else source[:2], *args[1:])  # the second step reads the first's
             return torch.cat([out.narrow(axis, 0, 1)] * source.shape[axis], axis), *states

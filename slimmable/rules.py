@@ -365,6 +365,11 @@ def index(op: Operation) -> None:
         covered = part.ndim if part is not None and part.dtype == torch.bool else 1  # a mask may cover several axes
         used += [] if part is None else range(axis, axis + covered)
         axis += covered
+    if masked and len(indices) == 1 and "values" in op and op["values"].numel() == 1:  # as masked_fill does
+        op.keeps("self")
+        for number, axis in enumerate(used):
+            op.same("self", axis, f"indices[{indices[0][0]}]", number)
+        return
     for axis in used:
         op.pins("self", axis, "is indexed")
     picked = max(1 if part.dtype == torch.bool else part.ndim for _, part in indices)
@@ -403,6 +408,7 @@ def embedding(op: Operation) -> None:
 def grid_sample(op: Operation) -> None:
     """Each image is read at the places of its own grid."""
     op.keeps("input", *range(2, op["input"].ndim))
+    op.pins("grid", -1, "is a place")
     for axis in range(op["grid"].ndim - 1):
         op.moves("grid", axis, to=axis + 1 if axis else 0)
 

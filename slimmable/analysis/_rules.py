@@ -82,11 +82,19 @@ class Context:
         vars(tensor).update(slim_axes=kept, slim_origin=origin, slim_shape=tuple(tensor.shape))
 
     def origin(self, tensor: Tensor) -> str | None:
-        return getattr(tensor, "slim_origin", None)
+        own: str | None = getattr(tensor, "slim_origin", None)
+        return own if own != "constant" or tensor._base is None else getattr(tensor._base, "slim_origin", own)
 
     def is_features(self, tensor: Tensor) -> bool:
         """Tell whether `tensor` has labelled units that layers made."""
         return any(ids is not None for ids in self.axes(tensor)) and self.origin(tensor) not in ("weights", "constant")
+
+    def wrote(self, part: Tensor) -> None:
+        """Let the tensor of which `part` is a view have the origin of what was written there."""
+        whole = part._base
+        if whole is not None and self.is_features(part) and self.origin(whole) != "weights":
+            alike = not self.is_features(whole) or self.origin(whole) == self.origin(part)
+            vars(whole)["slim_origin"] = self.origin(part) if alike else None
 
     def at(self, operation: str, module: str) -> None:
         self.operation, self.module = operation, module
@@ -119,6 +127,8 @@ class Context:
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Note that these tensors are read, which pins the axes `slim_numbered`, whose units they number."""
         for tensor in tensors:
+            for ids in self.axes(tensor) if hasattr(tensor, "slim_elsewhere") else ():
+                self.pin(ids, "no width reaches weights in a list, an object or a module outside of the model")
             for ids in getattr(tensor, "slim_numbered", ()):
                 self.pin(ids, "a unit's number is used")
 

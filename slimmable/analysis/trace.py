@@ -1,6 +1,7 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimmable._inputs import named_tensors, output_tensors, tensors
 from slimmable._modules import is_under, size_axes, swapped, tensors_of
-from slimmable._reach import written
+from slimmable._reach import RECURRENT, written
 from slimmable._tables import listed
 from slimmable.analysis import _rules
 from slimmable.analysis._rules import RULES as RULES, Call, Context as Context, ModuleCall
@@ -59,6 +60,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 except Exception as error:  # a fault of ours, for which the model still converts
                     fault = f"its rule fails ({type(error).__name__}: {error}); please report this"
                     _rules.unknown(self.context, args, kwargs, results, fault)
+                for result in tensors(results) if func._schema.is_mutable else ():
+                    self.context.wrote(result)
                 read = [ids for _, ids in self.context.reads[reads:]]
                 summed = any("slim_summed" in vars(each) for each in operands)
                 self.context.streams += read if summed else []
@@ -83,17 +86,18 @@ class _Calls(TorchFunctionMode):
                 return self.context.size(args[0], int(dims[0]))
             sizes = [self.context.size(args[0], axis) for axis in range(args[0].ndim)]
             return math.prod(sizes) if name == "numel" else torch.Size(sizes)
+        self.context.at(name, self.operations.fake.running)
         if name == "scaled_dot_product_attention":
             with swapped([(vars(self.operations), "asleep", True)]):
                 out = func(*args, **kwargs)
-            self.context.at(name, self.operations.fake.running)
             _rules.attention(self.context, Call(name, args, kwargs), out)
             return out
+        if name in RECURRENT and isinstance(args[3], bool):
+            self.context.pin(self.context.axes(args[0])[int(args[-1])], "are steps of a recurrent layer")
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             self.context.at("data", self.operations.fake.running)
             self.context.pin_all(args[:1], "the forward replaces its data")
         if name in ("layer_norm", "rms_norm") and isinstance(args[1], (list, tuple)):
-            self.context.operation = name
             for axis, size in zip(range(-len(args[1]), 0), args[1], strict=True):
                 if (units := int(args[0].shape[axis])) > 1:
                     self.context.constrain(size, self.context.axes(args[0])[axis], units)
@@ -168,7 +172,7 @@ def _failed(fake: FakeModel, context: Context, error: Exception) -> TraceError:
     at = [each for each in frames if "nn" in Path(each.filename).parts or not each.filename.startswith(inside)][-1]
     failed = TraceError(
         f"{type(fake.model).__name__} cannot be traced: {type(error).__name__} in module "
-        f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) after operation "
+        f"{path or '(the model itself)'!r} ({type(fake.model.get_submodule(path)).__name__}) at operation "
         f"{context.operation or '(none)'!r}: {why}\nIt is in {at.filename}, line {at.lineno}: {at.line}\n"
         "The forward runs on shapes alone: it can branch on numbers of buffers, constants, integer and boolean inputs, "
         "and all inputs but the first, not on features and weights; what topk and the like choose is assumed if the "
@@ -222,7 +226,8 @@ def _traced(value: Any, key: Attribute, context: Context) -> Any:
         context.attributes[key] = value
         return TracedInt(value, Expression("attribute", key), context.on_equal)
     if type(value) in (tuple, list, torch.Size):
-        return type(value)([_traced(part, (*key[:2], (*key[2], i)), context) for i, part in enumerate(value)])
+        parts = [_traced(part, (*key[:2], (*key[2], i)), context) for i, part in enumerate(value)]
+        return type(value)(parts) if any(map(operator.is_not, parts, value)) else value
     return value
 
 

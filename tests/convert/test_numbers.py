@@ -324,7 +324,11 @@ def test_experts_written_by_hand(route):
 
 def test_an_example_of_fewer_rows_than_experts_is_refused_with_a_reason():
     with pytest.raises(slimmable.errors.TraceError, match="is assumed if the example has a row per unit"):
-        slimmable.slimify(Experts(by_where, 8), WIDTHS, example_inputs=torch.randn(1, 2, 6))
+        slimmable.slimify(Experts(by_order, 8), WIDTHS, example_inputs=torch.randn(1, 2, 6))
+
+
+def test_experts_whose_rows_are_looked_up_need_no_row_each():
+    assert half(checked(made(Experts(by_where, 8)), torch.randn(1, 2, 6).double())) < 0.29
 
 
 COMMON = {

@@ -469,3 +469,221 @@ def test_frozen_scales_of_colours_mix_no_colours(frozen):
     checked(model, x, widths=(1.0, 0.5))
     small = slimmable.extract(slimmable.slimify(model, (1.0, 0.5), example_inputs=x), 0.5)
     assert [small[at].weight.shape[0] for at in (0, 1, 3, 4)] == ([3, 8, 8, 3] if frozen else [2, 8, 8, 2])
+
+
+class Captions(nn.Module):
+    """Writes the scores of each step, or what it feels, into a tensor made before."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.words, self.kind = 20, kind
+        self.embed, self.cell, self.head = nn.Embedding(20, 16), nn.GRUCell(16, 32), nn.Linear(32, 20)
+
+    def forward(self, tokens):
+        steps, batch = tokens.shape
+        found = torch.zeros(steps, batch, self.words, dtype=torch.float64)
+        if self.kind == "batch first":
+            found = found.transpose(0, 1)
+        state = None
+        for step in range(1, steps):
+            state = self.cell(self.embed(tokens[step]), state)
+            scores = self.head(state)
+            if self.kind == "batch first":
+                found[:, step, :] = scores
+            else:
+                found[step] = scores.relu() if self.kind == "rectified" else scores
+        return found
+
+
+@pytest.mark.parametrize("kind", ["steps first", "batch first", "rectified"])
+def test_scores_that_are_written_step_by_step_are_scores(kind):
+    plan = checked(made(Captions(kind)), torch.randint(20, (4, 3)))
+    scores = plan.output_shapes[1][0][-1]
+    assert scores == (10 if kind == "rectified" else 20)
+
+
+def farthest(points, count):
+    """As written for PointNet++: the points that lie farthest from those before."""
+    rows = torch.arange(len(points))
+    found, last = torch.zeros(len(points), count, dtype=torch.long), torch.zeros(len(points), dtype=torch.long)
+    nearest = torch.full(points.shape[:2], 1e10, dtype=points.dtype)
+    for at in range(count):
+        found[:, at] = last
+        distances = (points - points[rows, last].unsqueeze(1)).square().sum(-1)
+        nearer = distances < nearest
+        nearest[nearer] = distances[nearer]
+        last = nearest.max(-1).indices
+    return points[rows[:, None], found]
+
+
+class Chosen(nn.Module):
+    """Reads what features choose: where they are large, or the points that lie farthest apart."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.score = nn.Linear(3, 32), nn.Linear(32, 1)
+        self.mix, self.head, self.kind = nn.Linear(32, 32), nn.Linear(32, 4), kind
+
+    def forward(self, points):
+        if self.kind == "farthest":
+            points = farthest(points, 3)
+        x = self.body(points).relu()
+        scores = self.score(x).squeeze(-1)
+        if self.kind == "mask":
+            x = x[scores > -100]
+        if self.kind == "numbers":
+            rows, columns = torch.nonzero(scores > -100, as_tuple=True)
+            x = x[rows, columns]
+        if self.kind == "fill":
+            x[x > 1] = 1
+            x[:, scores[0] < 0] = 0
+        if self.kind == "in place":
+            scores[scores < 0] += 1
+            x = x * scores.unsqueeze(-1)
+        return self.head(self.mix(x).relu())
+
+
+@pytest.mark.parametrize("kind", ["farthest", "mask", "numbers", "fill", "in place"])
+def test_masks_made_from_features_may_choose(kind):
+    assert half(checked(made(Chosen(kind)), torch.randn(2, 9, 3, dtype=torch.float64))) < 0.5
+
+
+class Steps(nn.Module):
+    """A recurrent layer that runs along the channels of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.rnn, self.head = nn.Conv1d(3, 8, 3), nn.RNN(6, 9, batch_first=True), nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.conv(x))[0])
+
+
+def test_channels_that_are_steps_of_a_recurrent_layer_keep_their_order():
+    plan = checked(made(Steps()), torch.randn(2, 3, 8, dtype=torch.float64))
+    assert "are steps of a recurrent layer" in str(plan)
+
+
+class Sampled:
+    """Weights in an object, as published for Bayesian layers."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def weight(self):
+        return self.mean * 2
+
+
+class Hidden(nn.Module):
+    """Reads weights where it is not their attribute: in a list, in an object, in a module that it keeps in a dict."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(6, 32), nn.Linear(32, 3), kind
+        layer = nn.Linear(32, 32, bias=False)
+        self.weights = nn.ParameterList(layer.parameters())
+        self.held = {"list": [layer.weight], "object": Sampled(layer.weight), "module": {"layer": [layer]}}[kind]
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        if self.kind == "module":
+            return self.last(self.held["layer"][0](x).relu())
+        return self.last(F.linear(x, self.held[0] if self.kind == "list" else self.held.weight()).relu())
+
+
+@pytest.mark.parametrize("kind", ["list", "object", "module"])
+def test_weights_that_no_width_reaches_stay_full(kind):
+    model = made(Hidden(kind))
+    plan = checked(model, torch.randn(4, 6, dtype=torch.float64))
+    assert "no width reaches weights in a list, an object or a module outside of the model" in str(plan)
+    assert not plan.groups
+    assert model.weights[0].shape == (32, 32)
+
+
+class Warp(nn.Module):
+    """Reads an image at the places that a layer makes, as networks for optical flow do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.flow = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 2, 3, padding=1)
+        self.mix, self.head = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        places = self.flow(x).permute(0, 2, 3, 1).tanh()
+        return self.head(self.mix(F.grid_sample(x, places, align_corners=False)).relu())
+
+
+def test_places_in_an_image_may_be_made_by_a_layer():
+    assert half(checked(made(Warp()), torch.randn(2, 3, 8, 8, dtype=torch.float64))) < 0.5
+
+
+class Spikes(nn.Module):
+    """Neurons whose potential begins as a number, and a grid that is made for the size of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.potential = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1), 0.0
+        self.grid = torch.zeros(1)
+
+    def forward(self, x):
+        self.potential = 0.5 * self.potential + self.first(x)
+        x = self.last((self.potential > 0.5).double())
+        if self.grid.shape[2:4] != x.shape[2:4]:
+            self.grid = torch.rand(1, 1, *x.shape[2:], 2)
+        x = x.unflatten(1, (1, 8)).permute(0, 1, 3, 4, 2)
+        return torch.cat([x[..., :2] + self.grid, x[..., 2:]], -1)
+
+
+def test_a_file_of_a_network_that_has_run_does_not_depend_on_what_it_has_kept(tmp_path):
+    model, x = made(Spikes()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model(x)
+    model.potential = 0.0
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x)
+    slimmable.save(slim, tmp_path / "model.safetensors")
+    loaded = slimmable.load(tmp_path / "model.safetensors", Spikes().double())
+    for width in (1.0, 0.5):
+        for network in (slim, loaded):
+            slimmable.set_width(network, width)
+        assert slim(x).shape == loaded(x).shape == (2, 1, 6, 6, 8)
+
+
+class Blocks(nn.Module):
+    """Multiplies blocks of channels, whose size is an attribute (AFNO); and a recurrent layer with projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn = nn.Linear(6, 32), nn.LSTM(32, 64, proj_size=32, batch_first=True)
+        self.block_size, self.weight, self.head = 8, nn.Parameter(torch.randn(4, 8, 8)), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x, _ = self.rnn(self.first(x))
+        blocks = x.unflatten(-1, (-1, self.block_size))
+        return self.head(torch.einsum("bnki,kio->bnko", blocks, self.weight).flatten(2))
+
+
+def test_an_extracted_network_is_loaded_by_what_its_weights_say_of_its_sizes(tmp_path):
+    model, x = made(Blocks()), torch.randn(2, 5, 6, dtype=torch.float64)
+    small = slimmable.extract(slimmable.slimify(model, (1.0, 0.5), example_inputs=x), 0.5)
+    slimmable.save(small, tmp_path / "small.safetensors")
+    loaded = slimmable.load(tmp_path / "small.safetensors", Blocks().double())
+    assert (loaded.rnn.proj_size, loaded.block_size) == (small.rnn.proj_size, small.block_size) == (16, 4)
+    assert torch.equal(loaded(x), small(x))
+
+
+class Scaled(nn.Sequential):
+    """Runs its layers with other weights than it has, as hypernetworks and meta-learning do."""
+
+    def forward(self, x):
+        weights = {name: 2 * weight for name, weight in self[0].named_parameters()}
+        return self[2](self[1](torch.func.functional_call(self[0], weights, (x,))))
+
+
+def test_inference_takes_the_weights_that_a_forward_gives_to_a_layer():
+    model, x = made(Scaled(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))), torch.randn(4, 6, dtype=torch.float64)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=x)
+    with torch.no_grad(), slimmable.at_width(slim, 0.5):
+        expected = slim(x)
+        with slimmable.inference(slim):
+            assert torch.equal(slim(x), expected)
+            assert torch.equal(slim(x), expected)
