@@ -288,7 +288,7 @@ def misfits(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]
         tensor = own.get(name)
         shape = None if tensor is None else tuple(tensor.shape)
         planned = tuple(n if ids is None else len(ids) for n, ids in zip(shape or (), axes, strict=False))
-        sized = was_parameter or any(ids is not None for ids in axes)  # others may begin empty
+        sized = was_parameter or plan.channels.needed.grouping.groups_in(axes)  # others may begin empty
         if sized and (shape != planned or len(planned) != len(axes)):
             yield f"{path}.{name}".lstrip("."), shape
 

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from slimmable._convert import shallow_modules
+from slimmable._described import named_in_forward
 from slimmable._modules import swapped, unannounced
 from slimmable._width import places_of
 from slimmable.view.norms import Switchable, SwitchableContainer
@@ -180,7 +181,8 @@ class _Twins:
         """Return what a twin of a module has of its own, nothing if there is none."""
         kind, entry = type(module), vars(module).get(_CALL)
         switched = isinstance(entry, _Entry) or (entry is None and is_slim(module))
-        if kind.__call__ is not _call or not switched or self._has_hooks(module):
+        sets_parameters = "functional_call" in named_in_forward(kind)  # type: ignore[arg-type]
+        if kind.__call__ is not _call or not switched or sets_parameters or self._has_hooks(module):
             return {}
         if isinstance(module, SwitchableContainer):
             if not isinstance(module, Switchable) or type(module).module_at is not Switchable.module_at:

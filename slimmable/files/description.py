@@ -29,7 +29,8 @@ _NUMBERS = (int, float, bool)
 _OWN = {*vars(nn.Module()), "training"}
 _FREE = re.compile(r"drop|stochastic|checkpoint|fused|flash|sdpa|momentum")  # matters for training or speed alone
 _NO_SIZE = re.compile(r"stride|pad|dilat|kernel|window|patch|level|layer|depth|block|class|label|axis|scale|factor")
-_SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "unflattened_size"}  # of torch's layers
+# of torch's layers
+_SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "proj_size", "unflattened_size"}
 HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
 
 Settings = dict[str, dict[str, Any]]  # by path
@@ -73,7 +74,9 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Tensors, narrow: bool) ->
                 continue
             bound = name in read and name not in stored_by_forward(cls)
             bound = bound and not _FREE.search(kind.lower() if name == "p" else name.lower())
-            if bound and not (narrow and _is_narrower(module, name, settings, weight)):
+            inside = [pair for key, pair in pairs.items() if key.startswith(f"{path}.".lstrip("."))]
+            cut = any((value, own) in zip(its.shape, full.shape, strict=False) for its, full in inside)
+            if bound and not (narrow and (cut or _is_narrower(module, name, settings, weight))):
                 edited.append(f"{path}.{name}".lstrip(".") + f" is {value!r} in the file, {own!r} here")
             elif name in vars(module):
                 free.setdefault(path, {})[name] = _like(held, value)
@@ -236,7 +239,7 @@ def decode(data: dict[str, Any], units: NDArray[np.int64], network: nn.Module) -
     plan = Plan(**rules, pins=[Pin((path, name, dim), size, why) for path, name, dim, size, why in data["pins"]])
     for path, name in data["caches"]:
         value = vars(modules[path]).get(name, getattr(type(modules[path]), name, None))  # None: it has not run yet
-        if not (value is None or isinstance(value, (dict, Tensor))) or name.startswith("_"):
+        if not (value is None or isinstance(value, (dict, float, Tensor))) or name.startswith("_"):
             raise CheckpointError(f"{path}.{name} is not an attribute in which a forward keeps results")
         plan.caches.setdefault(path, {})[name] = {} if isinstance(value, dict) else value
     constraints = [Constraint(expression(one), expression(other), where) for one, other, where in data["constraints"]]
