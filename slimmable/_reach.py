@@ -26,6 +26,7 @@ from slimmable._inputs import MOST, tensors
 from slimmable.errors import ConversionError
 
 PROCESS = threading.RLock()  # held by whoever changes what all threads share, until it is as before
+RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")  # torch's functions
 
 _Memo: Any = functools._lru_cache_wrapper
 _MISSING: Any = object()
@@ -159,7 +160,7 @@ class Reach:
             before = [(place, place.entries()) for place in self._places.values()]
             computing = set[int]()
             parameters = {id(parameter) for parameter in self._model.parameters()}
-            reached = {id(vars(module).get("_flat_weights")) for module in self._inside}  # lists that widths change
+            reached = {id(each) for module in self._inside for each in (module, vars(module).get("_flat_weights"))}
 
             def clear() -> None:
                 for memo in self._memos.keys() - computing:  # for which nothing can stand, such as in a tuple
@@ -167,9 +168,8 @@ class Reach:
 
             try:
                 for place, entries in before:
-                    loose = id(place.holder) not in reached and not isinstance(place.holder, nn.Module)
                     for key, value in entries.items():
-                        if loose and id(value) in parameters:  # where no width reaches it
+                        if id(value) in parameters and id(place.holder) not in reached:  # by any width
                             place.put(key, alias := value.detach())
                             vars(alias).update(vars(value), slim_elsewhere=True)
                         bound = isinstance(value, (staticmethod, classmethod))
@@ -222,6 +222,8 @@ def _copy(value: Any) -> Any:
 
 
 def _same(now: Any, before: Any) -> bool:
+    if isinstance(before, Tensor) and getattr(now, "slim_origin", None) == "weights":  # such as on another device
+        return list(map(id, now.slim_axes)) == list(map(id, getattr(before, "slim_axes", ())))
     if not isinstance(now, (dict, list)) or type(now) is not type(before):
         return now is before
     first, second = ([*value, *value.values()] if isinstance(value, dict) else value for value in (now, before))
@@ -308,8 +310,7 @@ def written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes the numbers of fake tensors that depend only on known ones: constants, buffers and inputs such as masks.
 
-    So code may branch on them, or size tensors by them. Scores, such as experts', are assumed to choose each in turn,
-    and masks made from features to choose everything.
+    So code may branch on them, or size tensors by them. Scores are assumed to choose each in turn, masks to choose all.
     """
 
     def __init__(self, buffers: Mapping[int, Tensor], on_branch: Callable[[Sequence[Tensor]], None]) -> None:
@@ -406,9 +407,6 @@ def _assume_choices(func: Any, args: Any, kwargs: Any, indices: Tensor) -> None:
             others = [size for axis, size in enumerate(scores.shape) if axis != dim % scores.ndim]
             numbers = numbers.reshape(*others, each).movedim(-1, dim).reshape(indices.shape)
         know(indices, numbers, [scores])
-
-
-RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 
 
 class ReadInMemory(TorchFunctionMode):

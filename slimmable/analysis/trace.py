@@ -1,7 +1,6 @@
 """The trace of a model: one run on fake tensors in which every operation moves or merges channel labels."""
 
 import math
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -227,7 +226,7 @@ def _traced(value: Any, key: Attribute, context: Context) -> Any:
         return TracedInt(value, Expression("attribute", key), context.on_equal)
     if type(value) in (tuple, list, torch.Size):
         parts = [_traced(part, (*key[:2], (*key[2], i)), context) for i, part in enumerate(value)]
-        return type(value)(parts) if any(map(operator.is_not, parts, value)) else value
+        return type(value)(parts) if any(new is not old for new, old in zip(parts, value, strict=True)) else value
     return value
 
 

@@ -29,8 +29,7 @@ _NUMBERS = (int, float, bool)
 _OWN = {*vars(nn.Module()), "training"}
 _FREE = re.compile(r"drop|stochastic|checkpoint|fused|flash|sdpa|momentum")  # matters for training or speed alone
 _NO_SIZE = re.compile(r"stride|pad|dilat|kernel|window|patch|level|layer|depth|block|class|label|axis|scale|factor")
-# of torch's layers
-_SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "proj_size", "unflattened_size"}
+_TORCH_SIZES = {"normalized_shape", "num_parameters", "kdim", "vdim", "input_size", "proj_size", "unflattened_size"}
 HIDDEN = "slimmable/buffer/"  # before the names of buffers that are not in the state dict
 
 Settings = dict[str, dict[str, Any]]  # by path
@@ -155,7 +154,7 @@ def _is_narrower(module: nn.Module, name: str, settings: Mapping[str, Any], weig
     torchs = type(module).__module__.startswith("torch.nn.")
     size = counts_channels(name) or not _NO_SIZE.search(name.lower())
     if torchs:
-        size = name in _SIZES or (counts_channels(name) and name != "dim")
+        size = name in _TORCH_SIZES or (counts_channels(name) and name != "dim")
 
     def smaller(given: Any, own: Any) -> bool:
         if isinstance(given, list) and isinstance(own, list) and len(given) == len(own):

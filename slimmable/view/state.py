@@ -107,12 +107,12 @@ def take(tensor: Tensor, cut: Cut) -> Tensor:
 def put(tensor: Tensor, cut: Cut, part: Tensor) -> Tensor:
     """Return a copy of a tensor in which `part` replaces what a cut keeps."""
     with torch.no_grad():
-        whole = tensor.to(part.dtype, copy=True)
+        whole = tensor.to(part, copy=True)
         block = whole[cut.block] if cut.block else whole
         places = [torch.arange(size, device=whole.device) for size in block.shape]
         for axis, picked in cut.picks:
             places[axis] = picked.on(whole.device)
-        block[torch.meshgrid(*places, indexing="ij") if cut.picks else ...] = part.to(whole.device)
+        block[torch.meshgrid(*places, indexing="ij") if cut.picks else ...] = part
     return whole
 
 

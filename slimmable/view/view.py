@@ -101,6 +101,18 @@ def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     return ConversionError(f"{what}; call slimmable.slimify on the model again")
 
 
+def _whole(module: nn.Module, name: str, store: Mapping[str, Any], value: object) -> object:
+    """Return what to keep of a tensor that is assigned: at a narrow width the full one, in which it replaces a part."""
+    state, full = state_of(module), store.get(name)
+    cut = None if state is None else state.active.cuts.get(name)
+    if cut is None or not isinstance(value, Tensor) or value.shape == cut.full or getattr(full, "shape", 0) != cut.full:
+        return value
+    part = take(full, cut)
+    if value.shape != part.shape:
+        raise _changed(module, name, value)
+    return full if value.is_set_to(part) else put(full, cut, value.detach())
+
+
 def _delete_plain(module: nn.Module, name: str) -> None:
     if name not in module.__dict__:
         raise AttributeError(name)
@@ -132,7 +144,7 @@ def _tensor_property(name: str) -> property:
         return take(tensor, cut)
 
     def put(self: Any, value: object) -> None:
-        self.__dict__[name] = value
+        self.__dict__[name] = _whole(self, name, self.__dict__, value)
 
     return property(get, put, lambda self: _delete_plain(self, name))
 
@@ -249,14 +261,7 @@ class _ViewedWithBuffers(_Viewed):
     """Lets a forward that assigns a buffer at a narrow width change only the part that the width uses."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        state = state_of(self)
-        cut = None if state is None or not isinstance(value, Tensor) else state.active.cuts.get(name)
-        full = None if cut is None else self._buffers.get(name)
-        if cut is not None and full is not None and value.shape != cut.full and full.shape == cut.full:
-            if value.shape != take(full, cut).shape:
-                raise _changed(self, name, value)
-            value = put(full, cut, value.detach())
-        super().__setattr__(name, value)
+        super().__setattr__(name, _whole(self, name, self.__dict__.get("_buffers", {}), value))
 
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:

@@ -687,3 +687,40 @@ def test_inference_takes_the_weights_that_a_forward_gives_to_a_layer():
         with slimmable.inference(slim):
             assert torch.equal(slim(x), expected)
             assert torch.equal(slim(x), expected)
+
+
+class Positions(nn.Module):
+    """Moves a table, a plain tensor, to where its input is; and writes keys into one (LLaMA)."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.mix, self.last, self.kind = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 3), kind
+        self.table = torch.randn(4, 9, 32, dtype=torch.float32 if kind == "type" else torch.float64)
+
+    def forward(self, x, start=0):
+        x, rows, end = self.first(x), len(x), start + x.shape[1]
+        if self.kind == "same":
+            self.table = self.table.to(x.device)
+        if self.kind == "type":
+            self.table = self.table.type_as(x)
+        if self.kind == "written":
+            self.table = self.table.to(x)
+            self.table[:rows, start:end] = x
+        return self.last(self.mix(x + self.table[:rows, start:end]).relu())
+
+
+@pytest.mark.parametrize("kind", ["same", "type", "written"])
+def test_a_table_that_a_forward_moves_stays_whole_at_narrow_widths(kind):
+    x, later = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    model = made(Positions(kind))
+    slim = slimmable.slimify(copy.deepcopy(model), (1.0, 0.5), example_inputs=x)
+    plain = {0.5: slimmable.extract(slim, 0.5), 1.0: model}
+    with torch.no_grad():
+        for width in (0.5, 1.0, 0.5):
+            slimmable.set_width(slim, width)
+            for given, start in ((x, 0), (later, 5)):
+                assert torch.equal(slim(given, start), plain[width](given, start))
+    slimmable.set_width(slim, 1.0)
+    assert slim.table.shape == (4, 9, 32)
+    if kind != "written":
+        assert torch.equal(slim.table, model.table)
