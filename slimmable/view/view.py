@@ -101,10 +101,10 @@ def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     return ConversionError(f"{what}; call slimmable.slimify on the model again")
 
 
-def _whole(module: nn.Module, name: str, store: Mapping[str, Any], value: object) -> object:
+def _whole(module: nn.Module, name: str, store: Mapping[str, Any], value: Any) -> Any:
     """Return what to keep of a tensor that is assigned: at a narrow width the full one, in which it replaces a part."""
-    state, full = state_of(module), store.get(name)
-    cut = None if state is None else state.active.cuts.get(name)
+    full: Any = store.get(name)
+    cut = None if (state := state_of(module)) is None else state.active.cuts.get(name)
     if cut is None or not isinstance(value, Tensor) or value.shape == cut.full or getattr(full, "shape", 0) != cut.full:
         return value
     part = take(full, cut)
