@@ -101,16 +101,16 @@ def _changed(module: nn.Module, name: str, tensor: Tensor) -> ConversionError:
     return ConversionError(f"{what}; call slimmable.slimify on the model again")
 
 
-def _whole(module: nn.Module, name: str, store: Mapping[str, Any], value: Any) -> Any:
+def _whole(module: nn.Module, name: str, full: Any, value: Any) -> Any:
     """Return what to keep of a tensor that is assigned: at a narrow width the full one, in which it replaces a part."""
-    full: Any = store.get(name)
     cut = None if (state := state_of(module)) is None else state.active.cuts.get(name)
     if cut is None or not isinstance(value, Tensor) or value.shape == cut.full or getattr(full, "shape", 0) != cut.full:
         return value
     part = take(full, cut)
     if value.shape != part.shape:
         raise _changed(module, name, value)
-    return full if value.is_set_to(part) else put(full, cut, value.detach())
+    own = not is_compiling() and value._base is full and value.storage_offset() == part.storage_offset()
+    return full if own and value.stride() == part.stride() else put(full, cut, value.detach())
 
 
 def _delete_plain(module: nn.Module, name: str) -> None:
@@ -144,7 +144,7 @@ def _tensor_property(name: str) -> property:
         return take(tensor, cut)
 
     def put(self: Any, value: object) -> None:
-        self.__dict__[name] = _whole(self, name, self.__dict__, value)
+        self.__dict__[name] = _whole(self, name, self.__dict__.get(name), value)
 
     return property(get, put, lambda self: _delete_plain(self, name))
 
@@ -261,7 +261,7 @@ class _ViewedWithBuffers(_Viewed):
     """Lets a forward that assigns a buffer at a narrow width change only the part that the width uses."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _whole(self, name, self.__dict__.get("_buffers", {}), value))
+        super().__setattr__(name, _whole(self, name, self.__dict__.get("_buffers", {}).get(name), value))
 
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
