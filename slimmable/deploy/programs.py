@@ -91,13 +91,14 @@ def save_pt2(program: ExportedProgram, path: Path) -> Program:
 
 
 @torch.no_grad()
-def difference(model: nn.Module, program: Program, *batches: Inputs) -> float:
+def difference(model: nn.Module, program: Program, *batches: Any) -> float:
     """Return the largest difference between the outputs of both, of equal shapes, relative to the model's largest."""
     found = []
     for batch in batches:
-        expected = output_tensors(model(*batch.args, **batch.kwargs))
+        args, kwargs = example_of(model, batch)
+        expected = output_tensors(model(*args, **kwargs))
         with explained("the written program does not run"):
-            outputs = output_tensors(program(*batch.args, **batch.kwargs))
+            outputs = output_tensors(program(*args, **kwargs))
         if [output.shape for output in outputs] != [output.shape for output in expected]:
             raise SlimmableError(f"the outputs of the written program have shapes other than {type(model).__name__}'s")
         pairs = ((out.double(), got.double()) for out, got in zip(expected, outputs, strict=True))
