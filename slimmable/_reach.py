@@ -377,15 +377,13 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Replace boolean masks, whose results have unknown shapes, with the indices that they select."""
         indices: list[Any] = []
         for part in args[1] if isinstance(args[1], (list, tuple)) else ():
-            if not isinstance(part, Tensor) or part.dtype != torch.bool:
-                indices.append(part)
-                continue
-            mask, chosen = self._value(part), part.numel()
-            if mask is not None:
+            masked = isinstance(part, Tensor) and part.dtype == torch.bool
+            chosen = part.numel() if masked else 0
+            if masked and (mask := self._value(part)) is not None:
                 self.on_branch(_sources(part))
                 with _disable_current_modes():
                     chosen = int(mask.count_nonzero())
-            indices += [part.new_empty(chosen, dtype=torch.long) for _ in range(part.ndim)]
+            indices += [part.new_empty(chosen, dtype=torch.long) for _ in range(part.ndim)] if masked else [part]
         return (args[0], indices, *args[2:]) if indices else args
 
 
