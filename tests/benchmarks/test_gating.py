@@ -20,6 +20,7 @@ def quick(out, *arms):
     ).stdout
 
 
+@pytest.mark.slow
 def test_rows_and_tables(tmp_path):
     quick(tmp_path, "vanilla", "narrow")
     before = (tmp_path / "digits.csv").read_text()

@@ -35,7 +35,16 @@ def test_every_part_that_needs_no_gpu_is_tried_here():
     assert FOUND.keys() == PARTS.keys() - set(NEED_GPU)
 
 
-@pytest.mark.parametrize("part", sorted(FOUND.keys() - {"forward", "methods"}))
+LONG = ("compiled", "training")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.slow if part in LONG else ())
+        for part in sorted(FOUND.keys() - {"forward", "methods"})
+    ],
+)
 def test_a_part_gives_its_figures(part):
     rows = rows_of(part)
     count, figures = FOUND[part]

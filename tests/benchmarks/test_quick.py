@@ -111,6 +111,7 @@ def test_alternatives_are_measured(tmp_path):
     assert "right at half width" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_measured_and_goes_on_where_it_stopped(tmp_path):
     quick("fine_tune", tmp_path)
     rows = list(csv.DictReader((tmp_path / "accuracy.csv").open()))

@@ -25,6 +25,7 @@ def quick(out, *arms):
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(tmp_path):
     quick(tmp_path, "alone")
     before = (tmp_path / "digits.csv").read_text()
