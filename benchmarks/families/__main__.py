@@ -4,7 +4,7 @@
     python -m benchmarks.families --modules resnet --libraries slimmable
 
 The smallest model of each of timm's model modules (`tests/convert/zoo.json`), and four usual ones, as `README`s of the
-three say: all layers at half width, class scores kept. Counted are networks that run forward and backward, give scores
+three say: all layers at half width, outputs kept. Counted are networks that run forward and backward, give outputs
 of the same shape, and need at most half of the multiply-adds; not what they have learnt. Needs the packages
 `torch-pruning` and `nvidia-modelopt`. Times are processor times of one thread, memory is the peak of the process over
 what it held with the model. One that takes more than five minutes is stopped.
@@ -36,7 +36,8 @@ USUAL = ("resnet50", "vit_base_patch16_224", "convnext_tiny", "swin_tiny_patch4_
 
 def ours(model: nn.Module, images: Tensor) -> nn.Module:
     """Return half of the network by slimmable."""
-    return slimmable.extract(slimmable.slimify(model, (1.0, 0.5), example_inputs=images, inplace=True), 0.5)
+    slim = slimmable.slimify(model, (1.0, 0.5), example_inputs=images, outputs="full", inplace=True)
+    return slimmable.extract(slim, 0.5)
 
 
 def torch_pruning(model: nn.Module, images: Tensor) -> nn.Module:
