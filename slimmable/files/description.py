@@ -73,9 +73,9 @@ def unlike(plain: nn.Module, rows: list[Any], tensors: Tensors, narrow: bool) ->
                 continue
             bound = name in read and name not in stored_by_forward(cls)
             bound = bound and not _FREE.search(kind.lower() if name == "p" else name.lower())
-            inside = [pair for key, pair in pairs.items() if key.startswith(f"{path}.".lstrip("."))]
-            cut = any((value, own) in zip(its.shape, full.shape, strict=False) for its, full in inside)
-            if bound and not (narrow and (cut or _is_narrower(module, name, settings, weight))):
+            inside = (pair for key, pair in pairs.items() if key.startswith(f"{path}.".lstrip(".")))
+            sizes = (both for its, full in inside for both in zip(its.shape, full.shape, strict=False))
+            if bound and not (narrow and (_is_narrower(module, name, settings, weight) or (value, own) in sizes)):
                 edited.append(f"{path}.{name}".lstrip(".") + f" is {value!r} in the file, {own!r} here")
             elif name in vars(module):
                 free.setdefault(path, {})[name] = _like(held, value)
