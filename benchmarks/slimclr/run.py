@@ -34,7 +34,7 @@ from benchmarks.runtime.training import read
 from benchmarks.training_data import Kept, Known, features_at_widths, few_of_each
 from slimmable._small_resnet import small_resnet
 from slimmable.cli.config import PretrainConfig
-from slimmable.cli.data import Images, Pictures, Plain, batches_of, folder_images, load_images
+from slimmable.cli.data import Images, Pictures, Plain, batches_of, load_images
 from slimmable.cli.pretrain import Training
 from slimmable.cli.run import CHECKPOINT, Start, build_method, load_checkpoint
 from slimmable.evaluation import evaluate_features
@@ -125,11 +125,8 @@ class Trained:
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
     """Return the arms of a set of `SETS`: name -> settings."""
-    if data == "fashion-large":
-        return LARGE
-    if data in ("fashion-vicreg", "fashion-byol"):
-        return BY_OTHERS
-    return ARMS if data in ("digits", "glyphs") else FASHION
+    others = {"fashion-large": LARGE, "fashion-vicreg": BY_OTHERS, "fashion-byol": BY_OTHERS}
+    return {"digits": ARMS, "glyphs": ARMS, **others}.get(data, FASHION)
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
@@ -149,26 +146,19 @@ def fashion(count: int, validate: bool, folder: Path) -> Images:
     return Images(images[:count], labels[:count], *held_out, classes, 1, handwriting=True)
 
 
-def photographs(data: str, count: int, folder: Path) -> Images:
-    """Return `count` training images of CIFAR-10, STL-10 or a folder, drawn once for all seeds, and the test images."""
-    if data == "folder":
-        found = folder_images(folder, 0, print)
-    else:
-        train, test = (
-            datasets.CIFAR10(folder, train=part == "train") if data == "cifar10" else datasets.STL10(folder, split=part)
-            for part in ("train", "test")
-        )
-        found = Images(*tensors(train), *tensors(test), tuple(train.classes))
-    some = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:count]
+def photographs(config: PretrainConfig, folder: Path) -> Images:
+    """Return the images of CIFAR-10, STL-10 or a folder; those to train on are drawn once for all seeds."""
+    if config.data == "cifar10":
+        found = load_images(replace(config, data="torch/cifar10", data_dir=str(folder)))
+    elif config.data == "folder":
+        found = load_images(replace(config, data=str(folder)))
+    else:  # timm does not know it by name
+        train, test = (datasets.STL10(folder, split=part) for part in ("train", "test"))
+        parts = ((torch.from_numpy(each.data), torch.from_numpy(each.labels).long()) for each in (train, test))
+        found = Images(*next(parts), *next(parts), tuple(train.classes))
+    some = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[: config.num_images]
     chosen = found.train.take(some.tolist()) if isinstance(found.train, Pictures) else found.train[some]
     return replace(found, train=chosen, train_labels=found.train_labels[some])
-
-
-def tensors(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images and classes of one of torchvision's data sets."""
-    if isinstance(part, datasets.CIFAR10):
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-    return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
 
 
 def images_of(config: PretrainConfig, validate: bool = False, folder: Path = FOLDER) -> Images:
@@ -176,7 +166,7 @@ def images_of(config: PretrainConfig, validate: bool = False, folder: Path = FOL
         return fashion(config.num_images, validate, folder)
     if config.data == "glyphs":
         return glyphs(config.num_images, config.num_images // 4, config.image_size)
-    return load_images(config) if config.data == "digits" else photographs(config.data, config.num_images, folder)
+    return load_images(config) if config.data == "digits" else photographs(config, folder)
 
 
 def network(data: str, channels: int, planes: tuple[int, ...]) -> nn.Module:
