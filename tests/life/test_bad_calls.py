@@ -152,8 +152,15 @@ def cut() -> dict[float, Tensor]:
     return {1.0: X.clone(), 0.5: X[:, :2].clone()}
 
 
+ALL_FOLDERS = tempfile.TemporaryDirectory()  # goes with the tests
+
+
+def new_folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=ALL_FOLDERS.name))
+
+
 def saved(model: Callable[[], nn.Module] = converted) -> Any:
-    file = Path(tempfile.mkdtemp()) / "model.safetensors"
+    file = new_folder() / "model.safetensors"
     slimmable.save(model(), file)
     return file
 
@@ -189,7 +196,7 @@ def saved_times() -> Any:
 
 
 def published(model: Callable[[], nn.Module]) -> Any:
-    folder = Path(tempfile.mkdtemp())
+    folder = new_folder()
     slimmable.save_pretrained(model(), folder, example_inputs=X)
     return folder
 
@@ -1254,7 +1261,7 @@ def timm_task(recipe: Any) -> Any:
 
 def trainer(recipe: Any, eval_widths: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    arguments = transformers.TrainingArguments(output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True)
+    arguments = transformers.TrainingArguments(output_dir=new_folder(), report_to=[], use_cpu=True)
     of_model = importlib.import_module("slimmable.integrations.transformers").SlimTrainer
     return of_model(model=converted(), args=arguments, recipe=recipe, eval_widths=eval_widths)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,17 +137,15 @@ def sharded() -> nn.Module:
     return fully_shard(model)
 
 
-def work(rank: int) -> bool:
-    folders = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folders)
+def work(folder: Path, rank: int) -> bool:
     for make in (in_ddp, sharded):
         for options in ({}, {"full_state_dict": True}):
             check_restored(make, options, None)
-        check_restored(make, {}, f"{folders[0]}/{make.__name__}")
+        check_restored(make, {}, str(folder / make.__name__))
     check_restored(sharded, {"full_state_dict": True, "cpu_offload": True}, None)
     return True
 
 
 @needs_shards
 def test_in_two_processes_with_fully_shard_and_ddp(tmp_path):
-    assert run_in_two(work, tmp_path) == [True, True]
+    assert run_in_two(functools.partial(work, tmp_path), tmp_path) == [True, True]
