@@ -72,7 +72,7 @@ FASHION: dict[str, dict[str, Any]] = {
     "taught": {"method": "supervised", "slow_start": 0.0},  # all widths, by the full one, from its weights; one view
     "labels": BARE | {"method": "supervised"},
 }
-BY_OTHERS = {arm: settings for arm, settings in FASHION.items() if "method" not in settings}  # by VICReg and BYOL
+BY_OTHERS = {arm: settings for arm, settings in FASHION.items() if "method" not in settings}  # than SimCLR
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
     "method": "mocov2",
@@ -91,6 +91,7 @@ SETS: dict[str, dict[str, Any]] = {
     "digits": {"data": "digits", "num_images": 4096, "image_size": 20, "lr": 0.006},
     "glyphs": {"data": "glyphs", "num_images": 4096, "image_size": 20, "lr": 0.006},
     "fashion": ON_FASHION,
+    "fashion-mocov2": ON_FASHION | {"method": "mocov2", "queue_size": 3072},
     "fashion-vicreg": ON_FASHION | {"method": "vicreg", "proj_dim": 256, "proj_hidden_dim": 256},
     "fashion-byol": ON_FASHION | {"method": "byol"},
     "fashion-large": ON_FASHION | {"num_images": 60_000, "epochs": 100},
@@ -125,8 +126,8 @@ class Trained:
 
 def arms_of(data: str) -> dict[str, dict[str, Any]]:
     """Return the arms of a set of `SETS`: name -> settings."""
-    others = {"fashion-large": LARGE, "fashion-vicreg": BY_OTHERS, "fashion-byol": BY_OTHERS}
-    return {"digits": ARMS, "glyphs": ARMS, **others}.get(data, FASHION)
+    by_others = dict.fromkeys(("fashion-mocov2", "fashion-vicreg", "fashion-byol"), BY_OTHERS)
+    return {"digits": ARMS, "glyphs": ARMS, "fashion-large": LARGE, **by_others}.get(data, FASHION)
 
 
 def configuration(data: str, arm: str, seed: int, **more: Any) -> PretrainConfig:
