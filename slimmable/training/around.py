@@ -194,9 +194,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _callable_parts(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, DistributedDataParallel):
-        return _callable_parts(model.module)
-    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+    if isinstance(model, (DistributedDataParallel, nn.ModuleList, nn.ModuleDict)):
         return [part for child in model.children() for part in _callable_parts(child)]
     return [model]
 
@@ -207,9 +205,11 @@ def compared(outputs: Mapping[float, Sequence[Tensor]], kind: DistillationKind) 
         counts = ", ".join(f"{len(tensors)} at width {width}" for width, tensors in outputs.items())
         raise UsageError(f"SlimRecipe: the model returned {counts}, so what to compare is open; return (loss, teach)")
     same = [found for found in zip(*outputs.values(), strict=True) if len({tensor.shape for tensor in found}) == 1]
-    if not same:
-        raise UsageError("SlimRecipe: nothing to compare, no output learns and keeps its size; return (loss, teach)")
-    shapes, of_widths = [found[0].shape for found in same], dict(zip(outputs, zip(*same, strict=True), strict=True))
+    chosen = [found for found in same if kind == "mse" or found[0].shape[1 if found[0].ndim == 4 else -1] > 1]
+    if not chosen:
+        why = "a single score has no classes, so use kind 'mse'" if same else "no output learns and keeps its size"
+        raise UsageError(f"SlimRecipe: nothing to compare, {why}; or return (loss, teach)")
+    shapes, of_widths = [found[0].shape for found in chosen], dict(zip(outputs, zip(*chosen, strict=True), strict=True))
     if kind not in ("embedding", "mse") and len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2:
         return {width: [nt_xent_logits(*views)] for width, views in of_widths.items()}
     if kind == "dkd":

@@ -485,6 +485,41 @@ class Swapped(nn.Module):
         return x.transpose(1, 2)
 
 
+class ActorCritic(nn.Module):
+    """Returns scores of five actions and a value, as in reinforcement learning; a loop may call other methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
+        self.actor, self.critic = nn.Linear(16, 5), nn.Linear(16, 1)
+
+    def forward(self, x):
+        features = self.body(x)
+        return self.actor(features), self.critic(features)
+
+
+@pytest.mark.parametrize("kind", ["kl", "embedding", "atkd"])
+def test_a_single_score_has_no_classes_to_compare(kind):
+    x = torch.randn(8, 6)
+    model = slimmable.slimify(ActorCritic(), (1.0, 0.5), example_inputs=x)
+    reference = copy.deepcopy(model)
+
+    def by_hand():
+        scores, value = reference(x)
+        return scores.square().mean() + value.square().mean(), scores
+
+    SlimRecipe(model, KL(kind)).backward(lambda: sum(output.square().mean() for output in model(x)))
+    looped(SlimRecipe(reference, KL(kind)), by_hand)
+    torch.testing.assert_close(gradients(model), gradients(reference), rtol=0, atol=0)
+    for net in (nn.Linear(6, 1), nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 16, 1), nn.Conv2d(16, 1, 1))):
+        alone = slimmable.slimify(nn.Sequential(nn.Linear(6, 6), net), (1.0, 0.5), example_inputs=x)
+        with pytest.raises(UsageError, match="a single score has no classes, so use kind 'mse'"):
+            SlimRecipe(alone, KL(kind)).backward(lambda alone=alone: alone(x).square().mean())
+        recipe = SlimRecipe(alone, KL("mse"))
+        recipe.backward(lambda alone=alone: alone(x).square().mean())
+        assert recipe.distillations[0.5] > 0
+
+
 class ReturnsItsLoss(nn.Module):
     """As published programs do; `teacher` is called last, but cannot learn."""
 
