@@ -194,7 +194,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _callable_parts(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, (DistributedDataParallel, nn.ModuleList, nn.ModuleDict)):
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel, nn.ModuleList, nn.ModuleDict)):
         return [part for child in model.children() for part in _callable_parts(child)]
     return [model]
 

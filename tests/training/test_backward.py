@@ -532,12 +532,13 @@ class ReturnsItsLoss(nn.Module):
         return losses.nt_xent(z0, z1) + 0 * self.teacher(x0)["embedding"].mean()
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_of_a_model_that_returns_its_loss_the_last_module_in_it_teaches(listed):
+@pytest.mark.parametrize("given", ["model", "parts", "wrapped"])
+def test_of_a_model_that_returns_its_loss_the_last_module_in_it_teaches(given):
     x0, x1 = views()
     ours, reference = ReturnsItsLoss(network(), Counting()), network()
-    model = nn.ModuleList([ours.encoder, nn.ModuleDict({"teacher": ours.teacher})]) if listed else ours
-    SlimRecipe(model, KL()).backward(lambda: ours(x0, x1))
+    parts = nn.ModuleList([ours.encoder, nn.ModuleDict({"teacher": ours.teacher})])
+    called = nn.DataParallel(ours) if given == "wrapped" else ours
+    SlimRecipe(parts if given == "parts" else called, KL()).backward(lambda: called(x0, x1))
     SlimRecipe(reference, KL()).backward(lambda: losses.nt_xent(reference(x0), reference(x1)))
     torch.testing.assert_close(gradients(ours.encoder), gradients(reference), rtol=0, atol=0)
 
