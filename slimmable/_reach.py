@@ -338,9 +338,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             like = functools.partial(torch.empty_like, device=given[0].device)
             out = func(*args, **kwargs) if real is None else tree_map_only(Tensor, like, real)
         else:
-            if name.startswith("index"):
-                args = self._masks_as_indices(args)
-            out = func(*args, **kwargs)
+            out = func(*(self._masks_as_indices(args) if name.startswith("index") else args), **kwargs)
             known = known and torch.Tag.nondeterministic_seeded not in func.tags
             known = known and all((given or result.numel()) and result.numel() <= MOST for result in tensors(out))
             real = self._computed(func, args, kwargs) if known else None
