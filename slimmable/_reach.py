@@ -427,6 +427,8 @@ class ReadInMemory(TorchFunctionMode):
             source, axis = args[0], int(args[-1])
             out, *states = func(source[:, :2] if axis else source[:2], *args[1:])  # the second step reads the first's
             return torch.cat([out.narrow(axis, 0, 1)] * source.shape[axis], axis), *states
+        if name == "tensor":  # of a list of tensors, for one
+            args = tree_map_only(Tensor, lambda each: each.tolist() if "slim_value" in vars(each) else each, args)
         if name in ("numpy", "__array__") and "slim_value" in args[0].__dict__:
             return np.array(args[0].tolist())
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:
