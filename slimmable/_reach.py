@@ -338,9 +338,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             like = functools.partial(torch.empty_like, device=given[0].device)
             out = func(*args, **kwargs) if real is None else tree_map_only(Tensor, like, real)
         else:
-            if name.startswith("index"):
-                args = self._masks_as_indices(args)
-            out = func(*args, **kwargs)
+            out = func(*(self._masks_as_indices(args) if name.startswith("index") else args), **kwargs)
             known = known and torch.Tag.nondeterministic_seeded not in func.tags
             known = known and all((given or result.numel()) and result.numel() <= MOST for result in tensors(out))
             real = self._computed(func, args, kwargs) if known else None
@@ -429,6 +427,8 @@ class ReadInMemory(TorchFunctionMode):
             source, axis = args[0], int(args[-1])
             out, *states = func(source[:, :2] if axis else source[:2], *args[1:])  # the second step reads the first's
             return torch.cat([out.narrow(axis, 0, 1)] * source.shape[axis], axis), *states
+        if name == "tensor":  # of a list of tensors, for one
+            args = tree_map_only(Tensor, lambda each: each.tolist() if "slim_value" in vars(each) else each, args)
         if name in ("numpy", "__array__") and "slim_value" in args[0].__dict__:
             return np.array(args[0].tolist())
         if name == "__format__" and "slim_value" in args[0].__dict__ and args[0].ndim == 0:

@@ -92,11 +92,11 @@ def best_trace(fake: FakeModel, rules: Plan, skip: Skip, outputs: Outputs = "aut
         roots = labels.roots(ids)
         return bool(labels.pinned(ids).all() or disagreed & roots or 2 * len(roots) <= len(ids))
 
-    stuck = [site for site, (ids, options) in enumerate(solution.trace.splits) if options > 1 and doubtful(ids)]
-    if not stuck:
-        return solution
-    second = solve(trace(fake, rules.widths, skip, dict.fromkeys(stuck, 1), outputs), rules)
-    return min(solution, second, key=Solution.parameters)
+    stuck = {at: len(ids) for at, (ids, options) in enumerate(solution.trace.splits) if options > 1 and doubtful(ids)}
+    alike = [at for at in stuck if stuck[at] == next(iter(stuck.values()))]  # all heads of queries, not those of keys
+    tries = sorted({tuple(stuck), tuple(alike)} - {()})
+    seconds = [solve(trace(fake, rules.widths, skip, dict.fromkeys(each, 1), outputs), rules) for each in tries]
+    return min([solution, *seconds], key=Solution.parameters)
 
 
 def _settled_trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, outputs: Outputs) -> Context:

@@ -116,6 +116,12 @@ def written(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
     return found.sum()
 
 
+def written_by_mask(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    found = scale.repeat(3)
+    found[torch.arange(3) == 2] = 9
+    return found.max() - 8
+
+
 def overwritten(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
     found = torch.zeros(3, dtype=x.dtype)
     found[:1].copy_(x[0, 0, None])  # a view of it: its numbers are no longer known
@@ -127,6 +133,9 @@ KNOWN = {
     "constant": lambda model, x, scale: torch.tensor([1.0, 2.0]).max(),
     "second input": lambda model, x, scale: scale.mean(),
     "written in place": written,
+    "written by a mask": written_by_mask,
+    "put into a new tensor": lambda model, x, scale: torch.tensor([scale.mean(), 0]).max(),
+    "read by a mask": lambda model, x, scale: model.window[model.window > 0.5].sum(),
 }
 
 

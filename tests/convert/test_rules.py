@@ -374,6 +374,40 @@ def test_the_choice_of_the_axis_that_carries_heads_is_revised_where_it_would_pin
     assert plan.tensors["qkv", "weight"][-1][0] is not None
 
 
+class GroupedQueries(nn.Module):
+    """Each head of keys and values serves several heads of queries, and positions rotate units of the heads."""
+
+    def __init__(self, heads: int, served: int, size: int = 16):
+        super().__init__()
+        self.size, self.groups = size, heads // served
+        self.embed, self.q, self.out = nn.Linear(8, 32), nn.Linear(32, heads * size), nn.Linear(heads * size, 5)
+        self.k, self.v = nn.Linear(32, served * size), nn.Linear(32, served * size)
+        self.register_buffer("turn", torch.rand(7, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (f(x).view(*x.shape[:-1], -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (self.repeated(each) for each in (k * self.turn, v))
+        out = ((q * self.turn) @ k.mT).softmax(-1) @ v
+        return self.out(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+    def repeated(self, x: Tensor) -> Tensor:
+        batch, heads, steps, size = x.shape
+        return x[:, :, None].expand(batch, heads, self.groups, steps, size).reshape(batch, -1, steps, size)
+
+
+def test_heads_of_queries_follow_those_of_keys_that_no_width_keeps_whole():
+    """Two heads of keys are not whole at every width, but eight of queries are."""
+    torch.manual_seed(0)
+    model, x = GroupedQueries(heads=8, served=2).double().eval(), torch.randn(2, 7, 8, dtype=torch.float64)
+    slim = slimmable.slimify(model, WIDTHS, example_inputs=x)
+    plan = slimmable.plan(slim)
+    assert plan.columns[2].macs < 0.34 * plan.columns[0].macs
+    oracles.full_width_is_the_original(model, slim, x)
+    oracles.every_width_is_its_extraction(slim, x, limit=1e-12)
+    oracles.permuting_units_changes_nothing(model, plan, x, limit=1e-10)
+
+
 class EqualLinear(nn.Linear):
     """Scales its weight by a size that it knows as an attribute, as StyleGAN's layers do."""
 
