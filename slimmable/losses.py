@@ -193,8 +193,7 @@ class OnlineDistillation(nn.Module):
     def forward(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: int | Tensor = 0) -> Tensor:
         """Return the loss of `student`; `target` is the column of the right class, which only `dkd` needs."""
         more = {"kl": self._temperatures, "embedding": self._temperatures, "dkd": (target,)}.get(self.kind, ())
-        compare = _COMPARE[self.kind]
-        return torch.stack([compare(student, teacher, *more) for teacher in self._chosen(teachers)]).mean()
+        return torch.stack([_COMPARE[self.kind](student, teacher, *more) for teacher in self._chosen(teachers)]).mean()
 
     @checked
     @torch.no_grad()

@@ -84,8 +84,7 @@ class FakeModel:
     def in_training(self) -> Iterator[None]:
         """Let the model run as in training while the block runs; what the last run has found stays that of before."""
         modes = [(vars(module), "training", module.training) for module in self.model.modules()]
-        found = [(vars(self.reach), name, value) for name, value in vars(self.reach).items()]
-        with swapped(modes + found):
+        with swapped(modes + [(vars(self.reach), name, value) for name, value in vars(self.reach).items()]):
             self.model.train()
             yield
 

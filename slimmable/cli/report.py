@@ -57,8 +57,7 @@ def named_at(name: str, width: float) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """Return the rows as CSV text, accuracies with four digits."""
     columns = [*(["network"] if rows[0].network else []), "width", "parameters", "macs", *rows[0].shares]
-    cells = [vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows]
-    return csv_text(columns, cells)
+    return csv_text(columns, [vars(row) | {name: f"{share:.4f}" for name, share in row.shares.items()} for row in rows])
 
 
 def read_rows(folder: Path) -> list[Row]:

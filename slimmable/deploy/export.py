@@ -143,8 +143,7 @@ def export(
                 where = "" if each is None else f" at width {each}"
                 by = f"{offs[-1]:.1e} of the largest output{where} (allowed: {bound:g})"
                 raise SlimmableError(f"{path.name} differs from the model by {by}; no file was written")
-        size = sum(part.stat().st_size for part in aside.parent.iterdir())
-        return File(path.name, width, size, max(offs), any_batch)
+        return File(path.name, width, sum(part.stat().st_size for part in aside.parent.iterdir()), max(offs), any_batch)
 
     with in_eval_mode(network):
         return write_aside(path, fill)

@@ -262,8 +262,7 @@ def calibrate_gates(model: nn.Module, loader: Iterable[ModelInput], budget: floa
 
     def share_at(threshold: float) -> float:
         with swapped([(gate._buffers, "threshold", torch.full_like(gate.threshold, threshold)) for gate in gates]):
-            runs = _gated_batches("calibrate_gates", model, loader)
-            return float(torch.cat([run.share() for run in runs]).mean())
+            return float(torch.cat([run.share() for run in _gated_batches("calibrate_gates", model, loader)]).mean())
 
     least, most = share_at(math.inf), share_at(-math.inf)
     if not least <= budget <= most:

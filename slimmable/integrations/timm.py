@@ -55,8 +55,7 @@ class SlimTaskMixin(tasks.TrainingTask):
 
         self.recipe.model = cast(nn.Module, self.get_trainable_module())  # which may be wrapped by now
         total = self.recipe.total(closure, frozen=[] if teacher is None else [teacher])
-        own = {f"loss/w{width:g}": loss for width, loss in self.recipe.losses.items()}
-        return {**results[0], **own, "loss": total}
+        return {**results[0], **{f"loss/w{width:g}": loss for width, loss in self.recipe.losses.items()}, "loss": total}
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **options: Any) -> Any:
         """Wrap the model as the task does; on CPUs without the device that train.py gives, which torch refuses."""

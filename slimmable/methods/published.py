@@ -113,8 +113,7 @@ class BarlowTwins(_WithHead):
         first, second = embeddings = [gather(each) for each in self.embed(batch.views)]
         loss = losses.barlow_twins_loss(first, second, self.redundancy)
         # Their mean squared difference is then 1 - correlation, summed over features, as in the loss's first term.
-        scaled = [standardised(each) * math.sqrt(each.shape[1] / 2) for each in embeddings]
-        return Outcome(loss, embeddings=scaled)
+        return Outcome(loss, embeddings=[standardised(each) * math.sqrt(each.shape[1] / 2) for each in embeddings])
 
 
 class Supervised(Method):
@@ -162,8 +161,7 @@ class Supervised(Method):
             raise DataError(f"Supervised: labels are {shown(labels)}, expected {wanted}")
         if not probabilities:
             check_classes("Supervised", labels, scores.shape[1])
-        loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
-        return Outcome(loss, [scores], [scores])
+        return Outcome(F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing), [scores], [scores])
 
 
 class Distillation(Method):

@@ -327,8 +327,7 @@ class SlimRecipe:
         if not self._compared:
             self._compared = True
             done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
-            own = f"{', '.join(map(str, step.loss_weights))} ({done})"
-            check_same_settings("SlimRecipe", own, self.model)
+            check_same_settings("SlimRecipe", f"{', '.join(map(str, step.loss_weights))} ({done})", self.model)
         self._step, self.losses, self.distillations = step, {}, {}
         try:
             for width in step.loss_weights:
