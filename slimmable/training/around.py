@@ -189,12 +189,14 @@ def _entry(module: nn.Module) -> str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Tell whether a module is not compiled, so that what is inside it is called one by one."""
-    return _entry(module) == "forward" and "_orig_mod" not in module._modules
+    """Tell whether a module is not compiled, nor copied to several devices: it calls what is inside it one by one."""
+    copied = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
+    return _entry(module) == "forward" and "_orig_mod" not in module._modules and not copied
 
 
 def _callable_parts(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, (DistributedDataParallel, nn.DataParallel, nn.ModuleList, nn.ModuleDict)):
+    single = isinstance(model, nn.DataParallel) and _is_plain(model)
+    if single or isinstance(model, (DistributedDataParallel, nn.ModuleList, nn.ModuleDict)):
         return [part for child in model.children() for part in _callable_parts(child)]
     return [model]
 

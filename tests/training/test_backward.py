@@ -543,6 +543,31 @@ def test_of_a_model_that_returns_its_loss_the_last_module_in_it_teaches(given):
     torch.testing.assert_close(gradients(ours.encoder), gradients(reference), rtol=0, atol=0)
 
 
+class OnTwoDevices(nn.DataParallel):
+    """Runs copies of its module, as on two devices."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.device_ids = [0, 1]
+
+    def forward(self, x):
+        copies = [self.module, copy.copy(self.module)]
+        copies[1]._parameters = {name: torch.zeros_like(own) for name, own in self.module._parameters.items()}
+        return torch.cat([each(part) for each, part in zip(copies, x.chunk(2), strict=True)])
+
+
+def test_copies_on_other_devices_run_by_themselves():
+    layer, x = slimmable.SlimLinear(6, 16, widths=(1.0, 0.5), slim_in=False, slim_out=False), torch.randn(8, 6)
+    model, seen = OnTwoDevices(layer), []
+
+    def closure():
+        seen.append(model(x))
+        return seen[-1].square().mean()
+
+    SlimRecipe(model, KL()).backward(closure)
+    assert all(not scores[4:].any() and scores[:4].any() for scores in seen)
+
+
 def test_the_recipes_model_may_be_wrapped_later():
     model = network()
     recipe = SlimRecipe(model, KL("embedding"))
