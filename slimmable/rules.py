@@ -309,6 +309,7 @@ def softmax(op: Operation) -> None:
     if op["self"].ndim:
         op.mixes("self", op["dim"])
         op._made = op._axis("self", op["dim"])[1] is not None
+    op._context.weighting.add(op._context.module)
 
 
 @_rule_of("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm")

@@ -63,6 +63,8 @@ class Context:
     streams: list[Ids] = field(default_factory=list)  # labels of such sums that a layer with weights reads
     attended: list[Ids] = field(default_factory=list)  # labels of keys and values of attention
     contractions: list[tuple[str, Ids]] = field(default_factory=list)  # module path, labels of a product's inner axis
+    factors: dict[str, list[Ids]] = field(default_factory=dict)  # module path -> labels of products' second factors
+    weighting: set[str] = field(default_factory=set)  # paths of modules that have made weights by a softmax
     tensors: dict[tuple[str, str], list[Ids | None]] = field(default_factory=dict)  # module path, name -> labels
     attributes: dict[Attribute, int] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
@@ -358,8 +360,7 @@ def pad(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
 def factory(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     """An axis of a new tensor follows the size that was asked for; if values depend on their position, in order."""
     asked = ctx.call.name.removeprefix("new_") in ("new", ctx.operation.removeprefix("new_"))
-    alike = ctx.call.name.rstrip("_") in ("pad", "feature_dropout", "feature_alpha_dropout")
-    like = ctx.call.args[0] if alike else out
+    like = ctx.call.args[0] if ctx.call.name.rstrip("_") in ("pad", "feature_dropout", "feature_alpha_dropout") else out
     given = tree_leaves((list(ctx.call.args), dict(ctx.call.kwargs))) if asked else []
     if asked and ctx.operation == "arange":
         names = ("start", "end", "step") if len(ctx.call.args) > 1 else ("end",)
@@ -393,6 +394,10 @@ def product(ctx: Context, args: Args, kwargs: Kwargs, out: Tensor) -> None:
     a, b = ctx.axes(first), ctx.axes(second)
     weights = [ctx.origin(tensor) == "weights" for tensor in (first, second)]
     ctx.multiply(int(out.numel()) * int(first.shape[-1]), [*a, b[-1] if len(b) > 1 else None])
+    if not any(weights):  # such as queries times keys, then a softmax of that times values
+        factors, own = ctx.factors.setdefault(ctx.module, []), [ids for ids in b if ids is not None]
+        ctx.attended += [*factors, *own] if factors and ctx.module in ctx.weighting else []
+        factors += own
     ctx.contract(first, a[-1], second, b[-2 if len(b) > 1 else -1])
     batch = [ctx.merge(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)]
     result = [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]

@@ -91,6 +91,8 @@ class _Calls(TorchFunctionMode):
                 out = func(*args, **kwargs)
             _rules.attention(self.context, Call(name, args, kwargs), out)
             return out
+        if name == "masked_scatter" and args[1].stride(-1) == 0:  # its source's rows, in turn, stand where a mask holds
+            return torch.where(args[1], args[2].reshape(-1, args[2].shape[-1])[0], args[0])
         if name in RECURRENT and isinstance(args[3], bool):
             self.context.pin(self.context.axes(args[0])[int(args[-1])], "are steps of a recurrent layer")
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]

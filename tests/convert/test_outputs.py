@@ -215,7 +215,16 @@ def test_features_get_thinner(kind):
     assert shapes_at_half(model, IMAGES)[0][1] == 8
 
 
-def test_a_cache_of_keys_and_values_gets_thinner_and_the_output_of_attention_does_not():
+ATTENTION = {
+    "fused": F.scaled_dot_product_attention,
+    "by hand": lambda q, k, v: (q @ k.mT / 8).softmax(-1) @ v,
+    "cast": lambda q, k, v: torch.matmul((q @ k.mT / 8).softmax(-1, dtype=torch.float64).to(v.dtype), v),
+    "einsum": lambda q, k, v: torch.einsum("bhts,bhsd->bhtd", torch.einsum("bhtd,bhsd->bhts", q, k).softmax(-1), v),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_a_cache_of_keys_and_values_gets_thinner_and_the_output_of_attention_does_not(kind):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -223,11 +232,24 @@ def test_a_cache_of_keys_and_values_gets_thinner_and_the_output_of_attention_doe
 
         def forward(self, x: Tensor):
             q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            y = ATTENTION[kind](q, k, v).transpose(1, 2).flatten(2)
             return {"scores": self.out(y), "cache": [(k, v)]}
 
     heads = (2, 2, 6, 8)
     assert shapes_at_half(Attention(), torch.randn(2, 6, 16)) == [(2, 6, 10), heads, heads]
+
+
+PRODUCTS = {
+    "soft clusters": lambda body, a, b, x: a(body(x)).softmax(-1).mT @ b(body(x)),  # as in NetVLAD
+    "pairs": lambda body, a, b, x: (both := (a(body(x)), b(body(x))), (both[0] @ both[1].mT).softmax(-1))[0],  # CLIP
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_embeddings_beside_a_softmax_are_no_keys_and_values(kind):
+    layers = {"body": nn.Sequential(nn.Linear(8, 16), nn.ReLU()), "a": nn.Linear(16, 12), "b": nn.Linear(16, 12)}
+    model, x = Fn(PRODUCTS[kind], **layers), torch.randn(4, 5, 8)
+    assert shapes_at_half(model, x) == shapes(model, x)
 
 
 ONTO = torch.tensor([0, 2, 1, 1])  # rows

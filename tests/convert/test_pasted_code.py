@@ -724,3 +724,25 @@ def test_a_table_that_a_forward_moves_stays_whole_at_narrow_widths(kind):
     assert slim.table.shape == (4, 9, 32)
     if kind != "written":
         assert torch.equal(slim.table, model.table)
+
+
+class Multimodal(nn.Module):
+    """Puts what it makes of patches in the places of some words, as language models that see images do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.image, self.head = nn.Embedding(50, 32), nn.Linear(48, 32), nn.Linear(32, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+
+    def forward(self, words, patches):
+        x = self.words(words)
+        x = x.masked_scatter((words == 7).unsqueeze(-1).expand_as(x), self.image(patches))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_features_of_an_image_may_take_the_places_of_words():
+    words = torch.randint(8, 50, (2, 12))
+    words[:, 2:6] = 7
+    assert half(checked(made(Multimodal()), words, torch.randn(2, 4, 48, dtype=torch.float64))) < 0.35
