@@ -64,8 +64,7 @@ def _listed(own: str, group: dist.ProcessGroup | None = None) -> str:
 
 def check_same_widths(where: str, widths: str, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
     """Raise `UsageError` in all processes if some train at other widths than others; "" stands for one that waits."""
-    digests = from_all(torch.tensor([zlib.crc32(widths.encode())], device=device), group).flatten().tolist()
-    if len({*digests, 0}) > 2:
+    if len({*from_all(torch.tensor([zlib.crc32(widths.encode())], device=device), group).flatten().tolist(), 0}) > 2:
         what = f"the processes must train at the same widths, but those of {_listed(widths, group)}"
         raise UsageError(f"{where}: {what}; give all recipes the same arguments, seed and number of steps")
 

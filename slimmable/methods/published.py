@@ -273,7 +273,7 @@ class MoCoV2(_WithHead):
         """Return InfoNCE of the first view's queries (He et al. 2020, eq. 1)."""
         query = self.encoder(batch.views[0])
         logits = losses.moco_logits(query, batch.targets[0], self.moco.queue)
-        return Outcome(losses.contrastive_cross_entropy(logits, self.temperature), [logits], [query])
+        return Outcome(losses.contrastive_cross_entropy(logits, self.temperature), [logits], _of_length([query]))
 
     def finish(self, batch: Batch) -> None:
         """Replace the oldest keys of the queue by those of this step."""
@@ -339,8 +339,7 @@ class DINO(Method):
         """Return the head, (batch, in_features) -> (batch, proj_dim); use `batch_norm` for convolutional networks."""
         layers: list[nn.Module] = []
         for inputs in (in_features, hidden_dim):
-            norm = [nn.BatchNorm1d(hidden_dim)] if batch_norm else []
-            layers += [nn.Linear(inputs, hidden_dim), *norm, nn.GELU()]
+            layers += [nn.Linear(inputs, hidden_dim), *[nn.BatchNorm1d(hidden_dim)] * batch_norm, nn.GELU()]
         layers.append(nn.Linear(hidden_dim, bottleneck_dim))
         for layer in layers:
             if isinstance(layer, nn.Linear):
@@ -388,6 +387,11 @@ def _outputs(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def _of_length(embeddings: Sequence[Tensor]) -> list[Tensor]:
+    """Return embeddings at length sqrt(dim), whose mean squared difference is the squared distance of unit vectors."""
+    return [unit_vectors(each) * each.shape[1] ** 0.5 for each in embeddings]
+
+
 class _WithPredictor(_WithHead):
     """A method that predicts, for each view, the embedding of the other one."""
 
@@ -426,8 +430,7 @@ class SimSiam(_WithPredictor):
         embeddings = self.embed(batch.views)
         predictions = [self.online_predictor(each) for each in embeddings]
         first, second = map(losses.simsiam_loss, predictions, embeddings[::-1])
-        # At half the length of BYOL's, their mean squared difference is half of 1 - cosine, as in the loss.
-        scaled = [unit_vectors(prediction) * prediction.shape[1] ** 0.5 / 2 for prediction in predictions]
+        scaled = [each / 2 for each in _of_length(predictions)]  # half of 1 - cosine is compared, as in the loss
         return Outcome((first + second) / 2, embeddings=scaled)
 
 
@@ -490,7 +493,7 @@ class MoCoV3(_WithMomentum):
         pairs = zip(queries, batch.targets, strict=True)
         logits = [losses.moco_v3_logits(query, keys, self.temperature, offset) for query, keys in pairs]
         first, second = (losses.contrastive_cross_entropy(each, 1.0) for each in logits)
-        return Outcome(2 * self.temperature * (first + second), logits, queries)
+        return Outcome(2 * self.temperature * (first + second), logits, _of_length(queries))
 
 
 class BYOL(_WithMomentum):
@@ -518,6 +521,4 @@ class BYOL(_WithMomentum):
         """Return the loss of both directions (eq. 2 and below)."""
         predictions = self.predict(batch)
         first, second = map(losses.byol_loss, predictions, batch.targets)
-        # At length sqrt(dim), their mean squared difference is the squared distance of unit vectors.
-        scaled = [unit_vectors(prediction) * prediction.shape[1] ** 0.5 for prediction in predictions]
-        return Outcome(first + second, embeddings=scaled)
+        return Outcome(first + second, embeddings=_of_length(predictions))
