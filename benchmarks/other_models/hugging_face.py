@@ -115,6 +115,8 @@ def image_and_text() -> Iterator[Entry]:
     yield model(
         "Blip", "BlipForConditionalGeneration", blip, captioned, {"decoder_logits": FULL, "logits": FULL, "*": SLIM}
     )
+    yield model("LLaVA", "LlavaForConditionalGeneration", llava, illustrated, FEATURES)
+    yield model("Qwen2-VL", "Qwen2VLForConditionalGeneration", qwen2_vl, folded, FEATURES)
 
 
 def language() -> Iterator[Entry]:
@@ -145,6 +147,16 @@ def language() -> Iterator[Entry]:
     yield model("Llama", "LlamaForCausalLM", config("Llama", llama), words, FEATURES)
     yield model("Llama", "LlamaModel", config("Llama", llama), words, SLIM)
     yield model("Qwen2", "Qwen2ForCausalLM", config("Qwen2", llama), words, FEATURES)
+    yield model(
+        "Qwen3", "Qwen3ForCausalLM", config("Qwen3", llama, num_key_value_heads=2, head_dim=16), words, FEATURES
+    )
+    by_hand = config("Gemma2", llama, head_dim=16, sliding_window=8, attn_implementation="eager")
+    yield model("Gemma2", "Gemma2ForCausalLM", by_hand, words, {"*window_tensor": FULL, **FEATURES})
+    trocr = config(
+        "TrOCR", vocab_size=WORDS, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128,
+        max_position_embeddings=32, cross_attention_hidden_size=64,
+    )  # fmt: skip
+    yield model("TrOCR", "TrOCRForCausalLM", trocr, words, FEATURES)
     mixtral = llama | {"num_local_experts": 4, "num_experts_per_tok": 2}
     yield model("Mixtral", "MixtralForCausalLM", config("Mixtral", mixtral), words, FEATURES)
     mamba = config("Mamba", hidden_size=64, num_hidden_layers=2, state_size=8, vocab_size=WORDS)
@@ -266,6 +278,38 @@ def sam() -> Any:
     prompt = {"hidden_size": 32, "image_size": 32, "patch_size": 8, "mask_input_channels": 8}
     decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32}
     return transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+
+
+IMAGE = 39  # the word that stands for a part of an image
+GROUPED = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def llava() -> Any:
+    return transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**GROUPED), vision_feature_layer=-1, image_token_id=IMAGE,
+        vision_config=transformers.CLIPVisionConfig(**IMAGES | {"patch_size": 16}),
+    )  # fmt: skip
+
+
+def qwen2_vl() -> Any:
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    sight = {"depth": 2, "embed_dim": 64, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "mlp_ratio": 2}
+    return transformers.Qwen2VLConfig(
+        text_config=GROUPED | {"rope_parameters": turns}, vision_config=sight | {"hidden_size": 64},
+        image_token_id=IMAGE, video_token_id=38, vision_start_token_id=37, vision_end_token_id=36,
+    )  # fmt: skip
+
+
+def illustrated() -> dict[str, Tensor]:
+    found = sentence("input_ids", "attention_mask")
+    found["input_ids"].clamp_(max=35)[:, 2:6] = IMAGE
+    return found | {"pixel_values": noise(2, 3, 32, 32)}
+
+
+def folded() -> dict[str, Tensor]:
+    found = {name: each[:1] for name, each in illustrated().items() if name != "pixel_values"}
+    image = {"pixel_values": noise(16, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return found | image | {"mm_token_type_ids": (found["input_ids"] == IMAGE).long()}
 
 
 def images(size: int) -> Callable[[], dict[str, Tensor]]:

@@ -729,20 +729,23 @@ def test_a_table_that_a_forward_moves_stays_whole_at_narrow_widths(kind):
 class Multimodal(nn.Module):
     """Puts what it makes of patches in the places of some words, as language models that see images do."""
 
-    def __init__(self):
+    def __init__(self, expands):
         super().__init__()
         self.words, self.image, self.head = nn.Embedding(50, 32), nn.Linear(48, 32), nn.Linear(32, 6)
+        self.expands = expands
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
 
     def forward(self, words, patches):
         x = self.words(words)
-        x = x.masked_scatter((words == 7).unsqueeze(-1).expand_as(x), self.image(patches))
+        mask = (words == 7).unsqueeze(-1)
+        x = x.masked_scatter(mask.expand_as(x) if self.expands else mask, self.image(patches))
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
 
 
-def test_features_of_an_image_may_take_the_places_of_words():
+@pytest.mark.parametrize("expands", [True, False])
+def test_features_of_an_image_may_take_the_places_of_words(expands):
     words = torch.randint(8, 50, (2, 12))
     words[:, 2:6] = 7
-    assert half(checked(made(Multimodal()), words, torch.randn(2, 4, 48, dtype=torch.float64))) < 0.35
+    assert half(checked(made(Multimodal(expands)), words, torch.randn(2, 4, 48, dtype=torch.float64))) < 0.35
