@@ -105,12 +105,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if vanilla:
             axes.axhline(fmean(vanilla), color="grey", linewidth=1, label="vanilla, dense")
         for name in (name for name in NETWORKS if "," not in name or name == "narrow, alone"):
-            found = [list(values_of(rows, name, budget, column).values()) for budget in BUDGETS]
-            if not all(found):
+            budgets = [budget for budget in BUDGETS if values_of(rows, name, budget, column)]
+            if not budgets:
                 continue
-            shares = list(BUDGETS)
+            found = [list(values_of(rows, name, budget, column).values()) for budget in budgets]
+            shares = list(budgets)
             if name != "dense pass":
-                shares = [fmean(values_of(rows, name, budget, "share").values()) for budget in BUDGETS]
+                shares = [fmean(values_of(rows, name, budget, "share").values()) for budget in budgets]
             means, errors = [fmean(each) for each in found], [interval(each) for each in found]
             style = "--" if name in ("narrow, alone", "slimmable") else "-"
             axes.errorbar(shares, means, errors, linestyle=style, marker="o", markersize=3, capsize=2, label=name)
@@ -126,10 +127,11 @@ def plot_channels(activity: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw for each budget and gate which share of its channels opens never, for some images, and always."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    for axes, budget in zip(figure.subplots(1, len(BUDGETS), sharey=True), BUDGETS, strict=True):
+    budgets = sorted({entry["budget"] for entry in activity})
+    figure = Figure(figsize=(2.2 * len(budgets), 2.8), layout="constrained")
+    for axes, budget in zip(figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0], budgets, strict=True):
         found = [entry["opened"] for entry in activity if entry["budget"] == budget]
-        names = list(found[0]) if found else []
+        names = list(found[0])
         always, some, never = (
             [fmean(fmean(test(share) for share in each[name]) for each in found) for name in names]
             for test in (lambda x: float(x == 1), lambda x: float(0 < x < 1), lambda x: float(x == 0))
