@@ -91,7 +91,8 @@ class _Calls(TorchFunctionMode):
                 out = func(*args, **kwargs)
             _rules.attention(self.context, Call(name, args, kwargs), out)
             return out
-        if name == "masked_scatter" and 0 in (args[1].stride(-1), args[1].shape[-1] - 1):  # of rows, in turn, by a mask
+        alike = name == "masked_scatter" and len(args) == 3 and args[2].shape[-1:] == args[0].shape[-1:] != ()
+        if alike and (args[1].stride()[-1:] == (0,) or args[1].shape[-1:] == (1,)):  # rows take the places of rows
             return torch.where(args[1], args[2].reshape(-1, args[2].shape[-1])[0], args[0])
         if name in RECURRENT and isinstance(args[3], bool):
             self.context.pin(self.context.axes(args[0])[int(args[-1])], "are steps of a recurrent layer")

@@ -430,8 +430,7 @@ class SimSiam(_WithPredictor):
         embeddings = self.embed(batch.views)
         predictions = [self.online_predictor(each) for each in embeddings]
         first, second = map(losses.simsiam_loss, predictions, embeddings[::-1])
-        scaled = [each / 2 for each in _of_length(predictions)]  # half of 1 - cosine is compared, as in the loss
-        return Outcome((first + second) / 2, embeddings=scaled)
+        return Outcome((first + second) / 2, embeddings=[each / 2 for each in _of_length(predictions)])  # as in that
 
 
 class _WithMomentum(_WithPredictor):
