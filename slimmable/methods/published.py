@@ -430,7 +430,7 @@ class SimSiam(_WithPredictor):
         embeddings = self.embed(batch.views)
         predictions = [self.online_predictor(each) for each in embeddings]
         first, second = map(losses.simsiam_loss, predictions, embeddings[::-1])
-        return Outcome((first + second) / 2, embeddings=[each / 2 for each in _of_length(predictions)])  # as in that
+        return Outcome((first + second) / 2, embeddings=[each / 2 for each in _of_length(predictions)])  # 1/4 of BYOL's
 
 
 class _WithMomentum(_WithPredictor):
