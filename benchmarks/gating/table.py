@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.gating.run import BUDGETS, HERE, SETS
+from benchmarks.gating.run import HERE, SETS
 from benchmarks.intervals import interval, shown
 from benchmarks.measuring import markdown, origin, read_rows
 
@@ -50,13 +50,19 @@ def values_of(rows: Iterable[Row], name: str, budget: float, column: str) -> dic
     return {row["seed"]: float(row[column]) for row in chosen}
 
 
+def budgets_of(rows: Iterable[Row]) -> list[float]:
+    """Return the budgets that were run."""
+    return sorted({float(row["budget"]) for row in rows if row["budget"]})
+
+
 def accuracies(rows: Sequence[Row], column: str) -> str:
     """Return the accuracy of each network at each budget."""
-    lines = [("vanilla", shown(list(values_of(rows, "vanilla", 1.0, column).values())), *[""] * (len(BUDGETS) - 1))]
+    budgets = budgets_of(rows)
+    lines = [("vanilla", shown(list(values_of(rows, "vanilla", 1.0, column).values())), *[""] * (len(budgets) - 1))]
     for name in NETWORKS:
-        lines.append((name, *(shown(list(values_of(rows, name, budget, column).values())) for budget in BUDGETS)))
+        lines.append((name, *(shown(list(values_of(rows, name, budget, column).values())) for budget in budgets)))
     lines = [line for line in lines if any(line[1:])]
-    return markdown(("network", *map(str, BUDGETS)), lines)
+    return markdown(("network", *map(str, budgets)), lines)
 
 
 def differences(rows: Sequence[Row], column: str) -> str:
@@ -64,11 +70,11 @@ def differences(rows: Sequence[Row], column: str) -> str:
     lines = []
     for name, base in PAIRS:
         cells = []
-        for budget in BUDGETS:
+        for budget in budgets_of(rows):
             ours, theirs = values_of(rows, name, budget, column), values_of(rows, base, budget, column)
             cells.append(shown([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], sign="+"))
         lines.append((f"{name} minus {base}", *cells))
-    return markdown(("", *map(str, BUDGETS)), [line for line in lines if any(line[1:])])
+    return markdown(("", *map(str, budgets_of(rows))), [line for line in lines if any(line[1:])])
 
 
 def costs(rows: Sequence[Row]) -> str:
@@ -76,13 +82,13 @@ def costs(rows: Sequence[Row]) -> str:
     lines = []
     for name in NETWORKS:
         cells = []
-        for budget in BUDGETS:
+        for budget in budgets_of(rows):
             shares = list(values_of(rows, name, budget, "share").values())
             farthest = max(shares, key=lambda share: abs(share - budget), default=0.0)
             cells.append(f"{fmean(shares):.3f} ({farthest:.3f})" if shares else "")
         lines.append((name, *cells))
     lines = [line for line in lines if any(line[1:]) and not line[0].startswith("dense")]
-    return markdown(("multiply-adds", *map(str, BUDGETS)), lines)
+    return markdown(("multiply-adds", *map(str, budgets_of(rows))), lines)
 
 
 def page(rows: Sequence[Row], source: str) -> str:
@@ -105,7 +111,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if vanilla:
             axes.axhline(fmean(vanilla), color="grey", linewidth=1, label="vanilla, dense")
         for name in (name for name in NETWORKS if "," not in name or name == "narrow, alone"):
-            budgets = [budget for budget in BUDGETS if values_of(rows, name, budget, column)]
+            budgets = [budget for budget in budgets_of(rows) if values_of(rows, name, budget, column)]
             if not budgets:
                 continue
             found = [list(values_of(rows, name, budget, column).values()) for budget in budgets]
