@@ -111,14 +111,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if vanilla:
             axes.axhline(fmean(vanilla), color="grey", linewidth=1, label="vanilla, dense")
         for name in (name for name in NETWORKS if "," not in name or name == "narrow, alone"):
-            budgets = [budget for budget in budgets_of(rows) if values_of(rows, name, budget, column)]
-            if not budgets:
+            named = {budget: list(values_of(rows, name, budget, column).values()) for budget in budgets_of(rows)}
+            found = {budget: values for budget, values in named.items() if values}
+            if not found:
                 continue
-            found = [list(values_of(rows, name, budget, column).values()) for budget in budgets]
-            shares = list(budgets)
+            shares = list(found)
             if name != "dense pass":
-                shares = [fmean(values_of(rows, name, budget, "share").values()) for budget in budgets]
-            means, errors = [fmean(each) for each in found], [interval(each) for each in found]
+                shares = [fmean(values_of(rows, name, budget, "share").values()) for budget in found]
+            means, errors = zip(*((fmean(values), interval(values)) for values in found.values()), strict=True)
             style = "--" if name in ("narrow, alone", "slimmable") else "-"
             axes.errorbar(shares, means, errors, linestyle=style, marker="o", markersize=3, capsize=2, label=name)
         axes.set_xlabel("share of multiply-adds (dense pass: budget of its gates)")

@@ -22,6 +22,8 @@ ENCODER = {
 }
 IMAGES = {**ENCODER, "image_size": 32, "patch_size": 8}
 TEXT = {**ENCODER, "vocab_size": WORDS, "max_position_embeddings": 32}
+GROUPED = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4}  # queries, as in Llama
+GROUPED |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 STAGES = {"depths": [1, 1, 1, 2], "hidden_sizes": [16, 32, 48, 64]}
 SWIN = {
     "image_size": 64,
@@ -137,27 +139,20 @@ def language() -> Iterator[Entry]:
     )
     yield model("T5", "T5ForConditionalGeneration", t5, partial(sentence, "input_ids", "decoder_input_ids"), FEATURES)
     yield model("T5", "T5EncoderModel", t5, partial(sentence, "input_ids"), SLIM)
-    llama = TEXT | {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    yield model("Llama", "LlamaForCausalLM", config("Llama", llama), words, FEATURES)
-    yield model("Llama", "LlamaModel", config("Llama", llama), words, SLIM)
-    yield model("Qwen2", "Qwen2ForCausalLM", config("Qwen2", llama), words, FEATURES)
+    yield model("Llama", "LlamaForCausalLM", config("Llama", GROUPED), words, FEATURES)
+    yield model("Llama", "LlamaModel", config("Llama", GROUPED), words, SLIM)
+    yield model("Qwen2", "Qwen2ForCausalLM", config("Qwen2", GROUPED), words, FEATURES)
     yield model(
-        "Qwen3", "Qwen3ForCausalLM", config("Qwen3", llama, num_key_value_heads=2, head_dim=16), words, FEATURES
+        "Qwen3", "Qwen3ForCausalLM", config("Qwen3", GROUPED, num_key_value_heads=2, head_dim=16), words, FEATURES
     )
-    by_hand = config("Gemma2", llama, head_dim=16, sliding_window=8, attn_implementation="eager")
+    by_hand = config("Gemma2", GROUPED, head_dim=16, sliding_window=8, attn_implementation="eager")
     yield model("Gemma2", "Gemma2ForCausalLM", by_hand, words, {"*window_tensor": FULL, **FEATURES})
     trocr = config(
         "TrOCR", vocab_size=WORDS, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128,
         max_position_embeddings=32, cross_attention_hidden_size=64,
     )  # fmt: skip
     yield model("TrOCR", "TrOCRForCausalLM", trocr, words, FEATURES)
-    mixtral = llama | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    mixtral = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
     yield model("Mixtral", "MixtralForCausalLM", config("Mixtral", mixtral), words, FEATURES)
     mamba = config("Mamba", hidden_size=64, num_hidden_layers=2, state_size=8, vocab_size=WORDS)
     yield model("Mamba", "MambaForCausalLM", mamba, partial(sentence, "input_ids"), FEATURES)
@@ -281,7 +276,6 @@ def sam() -> Any:
 
 
 IMAGE = 39  # the word that stands for a part of an image
-GROUPED = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def llava() -> Any:

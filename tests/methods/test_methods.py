@@ -225,7 +225,7 @@ def test_byol_teaches_by_its_own_distance():
 
 @pytest.mark.parametrize("name", ["byol", "mocov2", "mocov3"])
 def test_embeddings_that_may_have_any_length_are_compared_at_the_length_of_byols_distance(name):
-    """Otherwise those of MoCo v2 grow until the comparison by "mse" outweighs the loss a hundred times."""
+    """Otherwise those of MoCo v2 grow until the comparison by "mse" outweighs the loss."""
     method = make(name)
     batch = batch_of(method)
     with torch.no_grad():
