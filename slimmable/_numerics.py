@@ -1,5 +1,7 @@
 """Numerics in at least float32, also under autocast: type promotion, unit and standard vectors, matrix products."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +10,20 @@ from torch import Tensor
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return `tensor` in float32 if it has half precision, and unchanged otherwise."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has none, such as Apple's GPUs."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float64, on the CPU if its own device has none."""
+    return (tensor if widest_float(tensor.device) == torch.float64 else tensor.cpu()).double()
 
 
 def unit_vectors(tensor: Tensor, dim: int = 1) -> Tensor:

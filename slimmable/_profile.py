@@ -120,14 +120,16 @@ def profile(
     if example_inputs is None:
         args = (args[0][:1],)
     slim = any(map(is_slim, model.modules()))
-    wait = torch.cuda.synchronize if any(weight.is_cuda for weight in model.parameters()) else nullcontext
-    rows = []
+    devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
+    wait, rows = torch.accelerator.synchronize, []
     for width in tqdm(widths_of(model) if slim else (1.0,), "profile", leave=False, disable=None):  # on terminals
         with at_width(model, width) if slim else nullcontext():
             count, latency = _count(model, args, kwargs), None
             with in_eval_mode(model), torch.no_grad():
                 if repeats:
-                    _, *times = timeit.repeat(lambda: (model(*args, **kwargs), wait()), number=1, repeat=repeats + 1)
+                    _, *times = timeit.repeat(
+                        lambda: (model(*args, **kwargs), *map(wait, devices)), number=1, repeat=repeats + 1
+                    )
                     latency = 1000 * statistics.median(times)
             rows.append(Row(width, parameter_count(model), count.flops // 2, count.activations, latency))
     return Profile(tuple(rows))

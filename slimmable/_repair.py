@@ -13,6 +13,7 @@ from slimmable._checks import checked
 from slimmable._convert import extract, plain, plan_of, slimify
 from slimmable._inputs import Arguments, Inputs
 from slimmable._modules import M, in_eval_mode
+from slimmable._numerics import in_float64
 from slimmable._widths import kept_of
 from slimmable.analysis.importance import Importance
 from slimmable.analysis.plan import Plan, Setting
@@ -107,7 +108,7 @@ def _fit(small: Any, full: Any, units: Tensor, batches: list[Arguments], ridge: 
     """Fit a layer, given with its network, to these units of the full network's; tell whether the fit is finite."""
     (network, layer), (whole, wide) = small, full
     axis, draw = -1 - len(getattr(layer, "kernel_size", ())), torch.Generator().manual_seed(0)
-    products = torch.zeros((), device=layer.weight.device)
+    products: Any = 0
     for args, kwargs in batches:
         with _calls(layer, wide) as found:
             network(*args, **kwargs)
@@ -118,7 +119,7 @@ def _fit(small: Any, full: Any, units: Tensor, batches: list[Arguments], ridge: 
     inputs = layer.weight[0].numel()
     diagonal = squares.diagonal(dim1=1, dim2=2)[:, :inputs]
     diagonal += diagonal.mean(1, keepdim=True) * ridge + torch.finfo(torch.float32).tiny
-    change = torch.linalg.solve(squares, mixed).mT  # groups, outputs, inputs and the bias
+    change = torch.linalg.solve(squares, mixed).mT.to(layer.weight)  # groups, outputs, inputs and the bias
     layer.weight += change[..., :inputs].reshape(layer.weight.shape)
     if layer.bias is not None:
         layer.bias += change[..., inputs].flatten()
@@ -140,9 +141,9 @@ def _products(layer: Any, x: Tensor, lacking: Tensor, draw: torch.Generator) -> 
     else:
         x, lacking = x.movedim(-1, 1), lacking.movedim(-1, 1)
     sizes = lacking.shape[2:]
-    places = torch.randperm(sizes.numel(), generator=draw)[:_PLACES].to(x.device)
+    places = torch.randperm(sizes.numel(), generator=draw, device="cpu")[:_PLACES].to(x.device)
     at: Any = (..., *torch.unravel_index(places, sizes))
     seen = (each[at].reshape(len(each), groups, -1, len(places)) for each in (x, lacking))
-    rows, wanted = (each.double().permute(1, 0, 3, 2).flatten(1, 2) for each in seen)
+    rows, wanted = (in_float64(each).permute(1, 0, 3, 2).flatten(1, 2) for each in seen)
     rows = rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
     return rows.mT @ torch.cat([rows, wanted], 2)

@@ -17,7 +17,7 @@ from slimmable._atomic import read_tensors, write_tensors
 from slimmable._checks import check_classes, check_features, check_labelled, check_same_shape, checked, shown
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
-from slimmable._numerics import at_least_float32
+from slimmable._numerics import at_least_float32, in_float64
 from slimmable._width import at_width, run_widths
 from slimmable._widths import check_widths
 from slimmable.errors import DataError, DivergedError, UsageError
@@ -72,7 +72,7 @@ def label_fraction(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
     check_labelled("label_fraction: labels", labels, labels)
     check_classes("label_fraction", labels, None)
     labels = labels.long().cpu()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     order, counts = order[labels[order].argsort(stable=True)], labels.bincount()
     each = max(1, round(fraction * len(labels) / int(counts.count_nonzero())))
     return torch.cat([members[:each] for members in order.split_with_sizes(counts.tolist())]).sort().values
@@ -354,7 +354,8 @@ def train_probe(
     generator = torch.Generator().manual_seed(seed)
 
     def batches(_: int) -> Iterator[tuple[Features, Tensor]]:
-        for rows in torch.split(torch.randperm(len(labels), generator=generator).to(labels.device), batch_size):
+        order = torch.randperm(len(labels), generator=generator, device="cpu")
+        for rows in order.to(labels.device).split(batch_size):
             yield {width: part[rows] for width, part in scaled.items()}, labels[rows]
 
     linears = _minimised(scaled, classes, shared, batches, epochs, learning_rate, milestones=None, path=None)
@@ -488,8 +489,8 @@ def ridge_classifier(
     tensor([0, 1, 2])
     """
     classes = check_features("ridge_classifier: features", features, labels, num_classes)
-    device = torch.device("cpu") if features.device.type == "mps" else features.device  # mps has no float64
-    x, y = features.to(device, torch.float64), F.one_hot(labels.to(device).long(), classes).double()
+    x = in_float64(features)
+    y = F.one_hot(labels.to(x.device).long(), classes).to(x)
     mean, frequencies, size = x.mean(0), y.mean(0), x.square().mean()
     x, y = x - mean, y - frequencies
     ridge = penalty * len(x) * torch.maximum(x.square().mean(), _NOISE * size).clamp(min=torch.finfo(x.dtype).tiny)

@@ -71,7 +71,9 @@ FASHION: dict[str, dict[str, Any]] = {
     "two stages": BARE | {"method": "supervised", "epochs": 40},  # by a teacher; one view a step, so as many views
     "taught": {"method": "supervised", "slow_start": 0.0},  # all widths, by the full one, from its weights; one view
     "labels": BARE | {"method": "supervised"},
+    "labels, alone": BARE | {"method": "supervised"},  # one network for each width
 }
+ALONE = ("alone", "labels, alone")
 BY_OTHERS = {arm: settings for arm, settings in FASHION.items() if "method" not in settings}  # than SimCLR
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 SHARED: dict[str, Any] = {
@@ -282,16 +284,16 @@ def run(
     """Yield a row for each width; `unfinished` is the folder of what each training leaves after an epoch."""
     config = configuration(data, arm, seed, **more)
     images = images_of(config, folder=folder)
-    if arm not in ("alone", "two stages", "taught"):
+    if arm not in (*ALONE, "two stages", "taught"):
         yield from rows(judged(*pretrain(config, PLANES, images, known, unfinished)), arm, seed)
         return
 
     def place(name: str) -> Path | None:
         return None if unfinished is None else unfinished / name
 
-    alone = configuration(data, "alone", seed, **more)
+    alone = config if arm in ALONE else configuration(data, "alone", seed, **more)
     first = pretrain(replace(alone, widths=(1.0,)), PLANES, images, known, place("1"))
-    teacher = None if arm == "alone" else first[0].method.backbone
+    teacher = None if arm in ALONE else first[0].method.backbone
     if arm == "taught":
         found = judged(*pretrain(config, PLANES, images, known, place("taught"), teacher))
         both = {"seconds": found.seconds + first[1], "gmacs": found.gmacs + cost(first[0], images) / 1e9}

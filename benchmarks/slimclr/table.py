@@ -13,7 +13,7 @@ from statistics import fmean
 
 from benchmarks.intervals import interval, shown
 from benchmarks.measuring import markdown, origin, read_rows
-from benchmarks.slimclr.run import GRADIENTS, HERE, SETS, WIDTHS, arms_of
+from benchmarks.slimclr.run import ALONE, GRADIENTS, HERE, SETS, WIDTHS, arms_of
 
 Row = dict[str, str]
 PROBES = {"linear": "switchable linear probe", "knn": "kNN", "few": "switchable linear probe, 10 labels of each class"}
@@ -98,14 +98,18 @@ def gradients(rows: Sequence[Row], arms: Sequence[str]) -> str:
 
 def page(data: str, rows: Sequence[Row], source: str) -> str:
     arms = [arm for arm in arms_of(data) if any(row["arm"] == arm for row in rows)]
-    slim = [arm for arm in arms if arm != "labels"]
+    labelled = [arm for arm in arms if arm in ("labels", "labels, alone")]
+    slim = [arm for arm in arms if arm not in labelled]
     parts = [f"### {data}", ""]
     for column, name in PROBES.items():
         parts += [f"Accuracy in %, {name}:", "", accuracies(rows, slim, column), ""]
         parts += [differences(rows, [arm for arm in slim if arm != "alone"], column, "alone"), ""]
     parts += [probes(rows, "all" if "all" in arms_of(data) else "ours"), ""]
+    if len(labelled) == 2:
+        parts += ["Accuracy in %, switchable linear probe, trained with labels:", ""]
+        parts += [accuracies(rows, labelled, "linear"), "", differences(rows, labelled[:1], "linear", labelled[1]), ""]
     parts += ["Cost of the training:", "", costs(rows, slim), ""]
-    parts += [gradients(rows, [arm for arm in arms if arm != "alone"]), "", source, ""]
+    parts += [gradients(rows, [arm for arm in arms if arm not in ALONE]), "", source, ""]
     return "\n".join(parts)
 
 
@@ -114,7 +118,7 @@ def plot(data: str, rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     seeds = {arm: min(len(values_of(rows, arm, width, "linear")) for width in WIDTHS) for arm in arms_of(data)}
-    arms = [arm for arm, count in seeds.items() if count >= 3 and arm != "labels"]
+    arms = [arm for arm, count in seeds.items() if count >= 3 and not arm.startswith("labels")]
     if not arms:
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -74,7 +74,7 @@ class LatencyTable:
         Raises: ConversionError: if `model` was not converted. MissingPackageError: without the extra `onnx`.
         """
         check_whole("LatencyTable.measure", model)
-        if any(weight.is_cuda for weight in model.parameters()):
+        if any(weight.device.type != "cpu" for weight in model.parameters()):
             raise UsageError("LatencyTable.measure times the CPU, and the model is on a GPU; pass model.cpu()")
         plan, example, draw = plan_of(model), example_of(model, example_inputs), random.Random(0)
         bounds = [*zip(plan.columns[-1].counts, plan.channels.units, strict=True)]

@@ -18,6 +18,7 @@ from slimmable._checks import check_positive, check_whole, checked
 from slimmable._convert import Skip, apply_plan, copy_of, extract, know, strip
 from slimmable._inputs import Inputs
 from slimmable._modules import ADDONS, AddOn, M, in_eval_mode, replace_modules, swapped
+from slimmable._numerics import in_float64
 from slimmable._tables import differences
 from slimmable._width import at_width, set_width, width_of
 from slimmable._widths import kept_units
@@ -231,7 +232,7 @@ def gate_activity(model: nn.Module, loader: Iterable[ModelInput]) -> dict[str, T
     opened, images = dict[str, Any](), 0
     for run in _gated_batches("gate_activity", model, loader):
         for name, mask in run.masks().items():
-            opened[name] = opened.get(name, 0) + mask.double().sum(0)
+            opened[name] = opened.get(name, 0) + in_float64(mask).sum(0)
         images += len(mask)
     return {name: count / images for name, count in opened.items()}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimmable._checks import check_floats, check_is_module, check_matrices, check_module, checked
-from slimmable._numerics import at_least_float32
+from slimmable._numerics import at_least_float32, widest_float
 from slimmable.analysis.plan import Plan
 from slimmable.errors import DataError, UsageError
 from slimmable.gating._plan import GATE, PLAN, TEMPERATURE, GatePlan, PlannedGate, plan_for
@@ -266,12 +266,12 @@ class GatedPass:
         return found
 
     def layer_macs(self) -> dict[str, Tensor]:
-        """Return layer -> its multiply-adds for each image, float64, shape (images,).
+        """Return layer -> its multiply-adds for each image, shape (images,), float64 or float32 as the device can.
 
         They are those of open channels, as `profile` counts them; a gate's own are under its name and `.channel_gate`.
         Raises: UsageError: as `masks`; also if the model has run on images of another size than `gated` was told.
         """
-        masks = {name: mask.double() for name, mask in self.masks().items()}
+        masks = {name: mask.to(widest_float(mask.device)) for name, mask in self.masks().items()}
         plan, counts = self._costs()
         layers = plan.macs.by_layer({gate.group: masks[gate.name] for gate in plan.gates}, counts)
         for gates in self._records:
@@ -280,7 +280,7 @@ class GatedPass:
         return layers
 
     def macs(self) -> Tensor:
-        """Return the multiply-adds of each image, with the gates: shape (images,), float64; else as `layer_macs`."""
+        """Return the multiply-adds of each image, with the gates: shape (images,); else as `layer_macs`."""
         return torch.stack(list(self.layer_macs().values())).sum(0)
 
     def dense_macs(self) -> float:

@@ -107,7 +107,7 @@ class LayerMacs:
 
     def by_layer(self, masks: Mapping[int, Tensor], counts: Sequence[int]) -> dict[str, Tensor]:
         """Return module path -> multiply-adds of each image, for masks (images, kept units) of groups, or open ones."""
-        like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64))
+        like = next(iter(masks.values()), torch.zeros(1, 0, dtype=torch.float64, device="cpu"))
         open_units = [masks.get(group, like.new_ones(len(like), count)) for group, count in enumerate(counts)]
         kept = self.grouping.mask(np.array([*counts, 1]), np.arange(self.times.shape[1]))
         opened = torch.cat([*open_units, like.new_ones(len(like), 1)], 1) @ self.times[:, kept].T.to(like)
@@ -119,7 +119,7 @@ class LayerMacs:
 
     def total(self, counts: Sequence[int], closed: Sequence[PlannedGate] = ()) -> float:
         """Return the sum over all layers for one image, with all units of some gates closed."""
-        masks = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64) for gate in closed}
+        masks = {gate.group: torch.zeros(1, counts[gate.group], dtype=torch.float64, device="cpu") for gate in closed}
         return float(sum(self.by_layer(masks, counts).values()))
 
 

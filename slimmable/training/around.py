@@ -26,7 +26,6 @@ from slimmable._modules import swapped, walk
 from slimmable.errors import UsageError
 from slimmable.losses import DistillationKind, nt_xent_logits
 from slimmable.view.norms import SwitchableContainer
-from slimmable.view.state import READ
 
 Store: TypeAlias = dict[str, Any]
 """The buffers, parameters or attributes of a module itself."""
@@ -44,9 +43,10 @@ class Once:
         self._generators: list[tuple[Callable[..., Any], Callable[..., object]]] = []  # how to get and set the state
         self._rewind: Sequence[Callable[[], object]] = ()
         if model is not None:
-            get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-            gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-            self._generators += [(partial(get, gpu), partial(put, device=gpu)) for gpu in gpus]
+            for device in {parameter.device for parameter in model.parameters()}:
+                if hasattr(kind := getattr(torch, device.type, None), "set_rng_state"):  # the CPU's follow
+                    own = partial(kind.get_rng_state, device), partial(kind.set_rng_state, device=device)
+                    self._generators.append(own)
             numpy = np.random.get_state, np.random.set_state  # what others draw from
             self._generators += [(random.getstate, random.setstate), numpy, (torch.get_rng_state, torch.set_rng_state)]
 
@@ -224,7 +224,7 @@ class OptimizerCheck:
     """Notices optimizers that train nothing or not all, of those that step between the first gradients and the next."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model, self.in_step = model, False  # between the first gradients of a step and the last
         self._updated: set[int] = set()  # ids of parameters
         self._idle = ""  # the class of an optimizer whose parameters had no gradients
         self._hook: Any = None
@@ -251,7 +251,7 @@ class OptimizerCheck:
         ids = {id(parameter) for parameter in held}
         if not ids.isdisjoint(map(id, self._model.parameters())):
             self._updated |= ids
-            if READ.get() is not None and torch._C._current_graph_task_id() >= 0:
+            if self.in_step and torch._C._current_graph_task_id() >= 0:
                 what = f"{kind} steps inside backward, which runs once for each width"
                 raise UsageError(f"SlimRecipe: {what}; call backward on recipe.total(closure) instead")
             if all(parameter.grad is None for parameter in self._model.parameters()):

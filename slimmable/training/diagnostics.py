@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimmable._atomic import write_aside
 from slimmable._checks import check_positive, checked, has_shards
 from slimmable._convert import shallow_modules
-from slimmable._numerics import at_least_float32
+from slimmable._numerics import at_least_float32, widest_float
 from slimmable._tables import csv_text
 from slimmable._width import columns_of, places_of, widths_of
 from slimmable.errors import UsageError
@@ -187,4 +187,4 @@ def shared_parameters(model: nn.Module, widths: Sequence[float]) -> dict[str, tu
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of products in float64 where the device has it, so that differences are exact."""
-    return (a * b).sum(dtype=torch.float32 if a.device.type == "mps" else torch.float64)
+    return (a * b).sum(dtype=widest_float(a.device))

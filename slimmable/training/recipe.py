@@ -328,7 +328,7 @@ class SlimRecipe:
             self._compared = True
             done = f"{self.steps_done} of {self.steps} steps done, slow start {self.slow_start}, seed {self._seed}"
             check_same_settings("SlimRecipe", f"{', '.join(map(str, step.loss_weights))} ({done})", self.model)
-        self._step, self.losses, self.distillations = step, {}, {}
+        self._step, self.losses, self.distillations, self._optimizers.in_step = step, {}, {}, True
         try:
             for width in step.loss_weights:
                 set_width(self.model, width)
@@ -342,7 +342,7 @@ class SlimRecipe:
                     warnings.warn(f"SlimRecipe: width {width} ran without recipe.loss, so unweighted", stacklevel=2)
         finally:
             if self._step is step:
-                self._step = None
+                self._step, self._optimizers.in_step = None, False
                 READ.set(None)
                 set_width(self.model, 1.0)
 
