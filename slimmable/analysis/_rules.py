@@ -127,12 +127,12 @@ class Context:
                     self.labels.produce(ids)
 
     def use(self, tensors: Iterable[Tensor]) -> None:
-        """Note that these tensors are read, which pins the axes `slim_numbered`, whose units they number."""
+        """Note that these tensors are read, which pins the axes `slim_picked` that their units or numbers are from."""
         for tensor in tensors:
             for ids in self.axes(tensor) if hasattr(tensor, "slim_elsewhere") else ():
                 self.pin(ids, "no width reaches weights in a list, an object or a module outside of the model")
-            for ids in getattr(tensor, "slim_numbered", ()):
-                self.pin(ids, "a unit's number is used")
+            for ids, why in getattr(tensor, "slim_picked", ()):
+                self.pin(ids, why)
 
     def merge(self, *axes: Ids | None, why: str = "meets an axis that does not shrink") -> Ids | None:
         """Join axes that must shrink together; pin them if one has no labels. Return the labels of all."""
@@ -310,17 +310,18 @@ def pointwise(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
 @rule_of(
     "mean", "sum", "var", "std", "var_mean", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod", "max",
     "min", "any", "all", "argmax", "argmin", "std_mean", "count_nonzero", "nansum", "aminmax", "median", "nanmedian",
-    "mode", "kthvalue", "topk",
+    "mode", "kthvalue", "topk", "select", "unbind",
 )  # fmt: skip
 def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """Drop the reduced axes; indices, if any, number their units."""
+    """Drop the reduced axes; where single units of them, or indices that number them, are read, they stay full."""
     source = args[0]
     results, given = tensors(out), arguments(ctx.schema, args, kwargs).get("dim")
     dims = [given] if isinstance(given, int) else given or range(source.ndim)
     reduced = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes, origin = ctx.axes(source), ctx.origin(source)
     made: set[int] = getattr(source, "slim_outer", set()) - reduced if ctx.operation == "sum" else set()
-    for dim in reduced if origin != "weights" else ():
+    picked = "single units are picked" if ctx.operation in ("select", "unbind") else ""
+    for dim in reduced if origin != "weights" and not picked else ():
         ctx.consume(axes[dim], axes[dim]) if made else ctx.meet(axes[dim])
     for dim in made:
         ctx.produce(axes[dim])
@@ -331,8 +332,8 @@ def reduce(ctx: Context, args: Args, kwargs: Kwargs, out: Any) -> None:
         left = [None if dim in reduced else ids for dim, ids in enumerate(axes) if keep or dim not in reduced]
         ctx.label(result, left, "made" if made else origin)
     last = ctx.operation in ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk")  # they hold indices
-    for result in results[1:] if last else results if ctx.operation.startswith("arg") else ():
-        vars(result)["slim_numbered"] = [ids for dim in reduced if (ids := axes[dim]) is not None]
+    for result in results[1:] if last else results if picked or ctx.operation.startswith("arg") else ():
+        vars(result)["slim_picked"] = [(axes[dim], picked or "a unit's number is used") for dim in reduced]
 
 
 @rule_of("constant_pad_nd")

@@ -131,8 +131,8 @@ def trace(fake: FakeModel, widths: tuple[float, ...], skip: Skip, choices: dict[
         except Exception as error:
             raise _failed(fake, context, error) from error
         untouched = context.labels.untouched()
-        matrices = ([ids for ids in axes if ids is not None] for axes in context.tensors.values())
-        if any(len(axes) > 1 and untouched[np.concatenate(axes)].all() for axes in matrices):
+        units = ([ids for ids in axes if ids is not None] for axes in context.tensors.values())
+        if any(axes and untouched[np.concatenate(axes)].all() for axes in units):
             _follow_training(fake, context, operations, outputs)
     _follow_sizes(fake, context)
     for cache in ((path, name) for path, names in fake.reach.caches.items() for name in names):

@@ -223,6 +223,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "mode": lambda x: x.mode(1, keepdim=True).values,
     "kthvalue": lambda x: x.kthvalue(2, 1, keepdim=True).values,
     "aminmax": lambda x: torch.aminmax(x, dim=1, keepdim=True).max,
+    "a shape": lambda x: x.mean(1, keepdim=True) / x[:, 0].numel(),
 }
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda x: x.max(1, keepdim=True)[1].to(x.dtype),
@@ -231,12 +232,14 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "one-hot": lambda x: (F.one_hot(x.argmax(1), 32).permute(0, 3, 1, 2) * x).sum(1, keepdim=True),
     "gathered": lambda x: x.gather(1, x.topk(3, 1)[1]).mean(1, keepdim=True),
     "sorted": lambda x: x.sort(1)[0][:, :1],
+    "picked": lambda x: x[:, 3, None],
+    "unbound": lambda x: x.unbind(1)[3][:, None],
     "a share": lambda x: x.topk(x.shape[1] // 2, dim=1)[0].mean(1, keepdim=True),
 }
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_indices_that_nobody_uses_pin_nothing(pool):
+def test_indices_and_units_that_nobody_uses_pin_nothing(pool):
     assert half(checked(made(Cbam(pool)), torch.randn(2, 3, 8, 8).double())) == pytest.approx(0.278, abs=0.001)
 
 

@@ -201,7 +201,23 @@ class Codebook(nn.Module):
         return self.decoder(found + (self.table[nearest] - found).detach())
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, Identifying, Codebook])
+class Masking(nn.Module):
+    """Puts a vector in the place of some steps in training, and norms others apart, as wav2vec 2.0 and DINOv3 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+        self.norm, self.other, self.mask = nn.LayerNorm(64), nn.LayerNorm(64), nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        found = self.first(x)
+        if self.training:
+            found = torch.cat([self.other(found[:2]), found[2:]])
+            found[torch.arange(len(x)) % 3 == 0] = self.mask.to(found.dtype)
+        return self.out(torch.relu(self.second(self.norm(found))))
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Identifying, Codebook, Masking])
 def test_what_only_training_reads_gets_thinner_too(kind):
     model, x = made(kind()), torch.randn(6, 8, dtype=torch.float64)
     assert half(checked(model, x)) < 0.55
