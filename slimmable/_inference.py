@@ -74,8 +74,6 @@ def _states(module: nn.Module) -> list[WidthState]:
 
 
 class _Entry:
-    """What torch calls instead of a module."""
-
     def __init__(self, module: nn.Module, blocks: "_Blocks") -> None:
         self.module, self.blocks, self.states = module, blocks, list[WidthState]()
         self.twins: dict[tuple[Column, ...], _Twins] = {}

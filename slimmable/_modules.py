@@ -135,8 +135,6 @@ ADDONS: "dict[str, AddOn]" = {}  # those whose modules have been imported
 
 
 class AddOn(NamedTuple):
-    """The functions of one add-on."""
-
     refusal: str  # why a model that has it cannot be converted, and how to remove it; follows "this ResNet"
     present: Callable[[nn.Module], bool]  # whether a model has it
     detach: Callable[[nn.Module], nn.Module]  # remove it from a model, if present, in place, and return the model
@@ -149,7 +147,6 @@ def addons_of(model: nn.Module) -> dict[str, AddOn]:
 
 
 def detach_all(model: nn.Module) -> nn.Module:
-    """Remove all add-ons from a model, in place, and return it."""
     for addon in ADDONS.values():
         model = addon.detach(model)
     return model

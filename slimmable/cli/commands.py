@@ -34,8 +34,6 @@ _WIDTH |= {"shown": "must be given", "metavar": "W", "group": "what to write"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Machine:
-    """What a command runs on."""
-
     workers: int | None = option(None, "processes that read images", within=(0, 256), shown="up to 8", group="machine")
     device: str | None = option(None, "torch device, such as cpu or cuda", shown="cuda if available")
 
@@ -114,8 +112,6 @@ class Evaluate(_Machine):
 
 @dataclass(frozen=True)
 class _Network:
-    """Which network of a run, a file or timm."""
-
     model: str = option(help="a timm model, a file of slimmable.save, or the folder of a run", metavar="MODEL_OR_RUN")
     widths: tuple[float, ...] | None = option(None, **WIDTHS, group="for a timm model; a file takes --image-size, too")
     rounding: str | None = option(None, **settings.ROUNDING, shown="nearest")
@@ -202,8 +198,6 @@ class Export(_Network):
 
 @dataclass(frozen=True, kw_only=True)
 class _Timed(_Network):
-    """What is timed, and how."""
-
     batch: int = option(1, "images in a forward", within=(1, 4096), group="timing")
     threads: int | None = option(None, "threads that run it", within=(1, 1024), shown="all; for latency 1")
     runtime: str = option("torch", "what runs it", choices=("torch", "onnx"))
@@ -266,7 +260,6 @@ class Profile(_Timed):
 
 
 def _write(option: str, path: Path | None, write: Callable[[Path], object]) -> None:
-    """Write what an option asks for, if it is given."""
     if path is not None:
         from slimmable._atomic import write_aside
 

@@ -220,7 +220,6 @@ class _Shared:
         return self.values[key]
 
     def integers(self, numbers: Any) -> Any:
-        """Return the value that holds one integer or several."""
         return self.constant(f"integers {numbers}", self.ir.tensor(numbers, dtype=self.ir.DataType.INT64))
 
 

@@ -122,7 +122,6 @@ def written(value: Any) -> Any:
 
 
 def _written(value: Any) -> Any:
-    """Return what JSON does not know in its terms."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (Enum, torch.dtype, torch.layout, torch.memory_format)):

@@ -107,9 +107,7 @@ class ChannelGate(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Decision:
-    """The decision of a gate in one forward."""
-
+class Decision:  # of a gate, in one forward
     mask: Tensor | None = None  # of shape (images, units); None before the gate has decided
     positions: tuple[int, ...] = ()  # shape of the layer's input without its image and channel axes
     index: int = 0  # of the width

@@ -41,8 +41,6 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class PlannedGate:
-    """The gate of one channel group."""
-
     group: int  # its number in the channel plan
     units: int  # how many channels, or attention heads, the gate opens and closes
     maker: str  # path of the layer that makes them, whose input the gate sees

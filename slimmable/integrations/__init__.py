@@ -7,7 +7,6 @@ __all__ = ["lightning", "solo", "timm", "transformers"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a framework's module, and the framework with it, on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}")

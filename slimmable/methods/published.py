@@ -36,9 +36,7 @@ def _mlp(
 
 
 class _WithHead(Method):
-    """A method with a projection head of linear layers."""
-
-    _head: Callable[..., nn.Sequential] = staticmethod(_mlp)  # as published
+    _head: Callable[..., nn.Sequential] = staticmethod(_mlp)  # the projection head, as published
 
     @classmethod
     @checked
@@ -393,9 +391,7 @@ def _of_length(embeddings: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _WithPredictor(_WithHead):
-    """A method that predicts, for each view, the embedding of the other one."""
-
-    _tail: Callable[..., nn.Sequential] = staticmethod(partial(_mlp, last_bias=True))  # as published
+    _tail: Callable[..., nn.Sequential] = staticmethod(partial(_mlp, last_bias=True))  # the predictor, as published
     distillation = staticmethod(lambda: OnlineDistillation("mse"))  # of unit-length predictions
 
     @checked

@@ -372,7 +372,6 @@ def _modules(name: str, given: Any) -> list[nn.Module]:
 
 
 def _weight_of_each(widths: Sequence[float], loss_weights: LossWeights) -> dict[float, float]:
-    """Return width -> loss weight, from the widest down."""
     if isinstance(loss_weights, str):
         loss_weights = width_weights(widths, loss_weights)
     if not isinstance(loss_weights, Mapping):
