@@ -219,8 +219,7 @@ def _check_sets(where: str, at: str, train: Tensor, train_labels: Tensor, test: 
 
 def _accuracy(scores: Tensor, labels: Tensor, best: int = 1) -> float:
     """Return the fraction of images whose class is among those of the `best` scores, of equal ones the first."""
-    first = scores.argmax(1, keepdim=True)  # far faster than sorting them
-    ranked = first if best == 1 else scores.sort(dim=1, descending=True, stable=True).indices
+    ranked = scores.argmax(1, keepdim=True) if best == 1 else scores.sort(dim=1, descending=True, stable=True).indices
     return (ranked[:, :best] == labels.to(scores.device).unsqueeze(1)).any(1).float().mean().item()
 
 

@@ -228,8 +228,7 @@ def trained_method(config: PretrainConfig, folder: Path, channels: int, digest: 
     """Return the method of the run in `folder` with trained weights, in eval mode; `digest` is that of its images."""
     tensors, _ = load_checkpoint(folder / CHECKPOINT, digest)
     network = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
-    scores = network.get("projector.bias", torch.empty(0))
-    method = new_method(config, channels, scores.numel())  # the size of a classifier
+    method = new_method(config, channels, len(network.get("projector.bias", ())))  # the size of a classifier
     load_exactly(method.encoder, network, str(folder / CHECKPOINT))
     return method.eval()
 

@@ -71,11 +71,10 @@ def open_fractions(masks: Iterable[Tensor], *, closed_gradient: bool = True) -> 
     tensor([0.7500, 0.0000])
     """
     masks = list(masks)
-    check_floats("open_fractions", **{f"masks[{at}]": mask for at, mask in enumerate(masks)})
-    found = [mask.mean() if closed_gradient else mask.abs().mean() for mask in masks]
-    if not found:
+    if not masks:
         raise DataError("open_fractions: there is no mask; run the model in a gated pass first")
-    return torch.stack(found)
+    check_floats("open_fractions", **{f"masks[{at}]": mask for at, mask in enumerate(masks)})
+    return torch.stack([mask.mean() if closed_gradient else mask.abs().mean() for mask in masks])
 
 
 class GateBudget(nn.Module):

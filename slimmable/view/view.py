@@ -265,8 +265,7 @@ class _ViewedWithBuffers(_Viewed):
 
 
 def _rebuild(base: type[nn.Module], names: _Names, *args: Any) -> nn.Module:
-    viewed = _viewed_class(base, names)  # type: ignore[arg-type]  # mypy takes no class for hashable
-    return base.__new__(viewed, *args)
+    return base.__new__(_viewed_class(base, names), *args)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
 
 def add_properties(
