@@ -65,7 +65,7 @@ def slimify(
         example_inputs: for the forward: a tensor, a tuple of arguments, a dict of keywords, or `Inputs`; not for timm.
         skip: modules to keep at full width, as `fnmatch` patterns of their names or a function `(name, module) ->
             bool`. A skipped module that cannot be traced is run once on the real example. Converting a converted model
-            again without `skip` keeps what it skips, unless layers were added to it.
+            again by the same rules, without `skip`, keeps what it skips, unless layers were added to it.
         round_to: keep a multiple of this many channels, in groups that have at least as many.
         rounding: "floor" keeps `int(w * n)`, as the published code does, but at least one.
         overlap: False gives the narrower widths disjoint channels, the first ones to the narrowest.

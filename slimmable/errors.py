@@ -78,4 +78,4 @@ def require(module: str, package: str, extra: str | None = "cli") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         way = f"pip install {package}" if extra is None else f'pip install ".[{extra}]" (in a clone of slimmable)'
-        raise MissingPackageError(f"this command needs {package} ({error}); install it with: {way}") from error
+        raise MissingPackageError(f"this needs {package} ({error}); install it with: {way}") from error

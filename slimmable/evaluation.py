@@ -270,13 +270,13 @@ def knn_accuracy(
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     else:  # rounding is less near zero
         bank, queries = bank - bank.mean(0), queries - bank.mean(0)
-    right = 0
+    train_labels, right = train_labels.to(bank.device), 0
     for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
         near = features @ bank.T if metric == "cosine" else -torch.cdist(features, bank).square() / 2
         near, places = near.topk(min(k, len(bank)))
         votes = features.new_zeros(len(features), classes)
         votes.scatter_add_(1, train_labels[places].long(), ((near - near[:, :1]) / temperature).exp())
-        right += int((votes.argmax(1) == labels).sum())
+        right += int((votes.argmax(1) == labels.to(votes.device)).sum())
     return right / len(test_labels)
 
 

@@ -176,7 +176,7 @@ class Cascade:
         _check(known, "confidence must be 'probability', 'margin' or a function", confidence)
         self.confidence, self._macs = confidence, None if macs is None else _by_width("macs", macs, self.widths)
         steps = self.widths[:0:-1]
-        given: Any = [*threshold] if isinstance(threshold, Sequence) else [threshold] * len(steps)
+        given: Any = [*threshold] if isinstance(threshold, (Sequence, np.ndarray)) else [threshold] * len(steps)
         fit = len(given) == len(steps) and not any(math.isnan(number_or_nan(each)) for each in given)
         _check(fit, f"threshold must be a number, or one for each of the widths {steps}", threshold)
         self.thresholds = dict(zip(steps, map(float, given), strict=True))

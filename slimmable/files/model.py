@@ -239,7 +239,7 @@ def fitting_recipe(model: nn.Module, narrow: bool, arguments: Mapping[str, Any] 
     made = f"timm.create_model({name!r}) makes a network unlike this one"
     if arguments is not None:
         raise CheckpointError(f"{made} with these arguments")
-    warnings.warn(f"{made}; if arguments make it, pass them to save; or give load the plain network", stacklevel=3)
+    warnings.warn(f"{made}; if arguments make it, pass them to save; or give load the plain network", stacklevel=4)
     return None
 
 

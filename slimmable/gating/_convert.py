@@ -206,7 +206,7 @@ def _channel_gates(model: nn.Module) -> Iterator[ChannelGate]:
     """Yield the gates of all widths, in the order of their layers; refuse others, whose class no file can name."""
     for gates in gates_in(model):
         for own in gates.at:
-            if not isinstance(own, ChannelGate):
+            if type(own) is not ChannelGate:
                 raise CheckpointError(f"the gate of {gates.name} is a {type(own).__name__}; a file holds ChannelGates")
             yield own
 

@@ -153,6 +153,8 @@ def test_evaluation_is_that_on_the_cpu():
         assert found[width].knn == expected[width].knn
         assert found[width].ridge == expected[width].ridge
         assert abs(found[width].linear - expected[width].linear) < 0.05
+    whole = there[1.0]
+    assert evaluation.knn_accuracy(whole, labels, whole, labels) == expected[1.0].knn  # labels may be on the CPU
 
 
 def test_torch_s_default_device_may_be_any():

@@ -126,7 +126,7 @@ def test_bad_options_are_errors_and_nothing_is_written(options, kind, message, t
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingPackageError, match=r'pretrain: this command needs matplotlib .*pip install "\.\[cli\]"'):
+    with pytest.raises(MissingPackageError, match=r'pretrain: this needs matplotlib .*pip install "\.\[cli\]"'):
         slimmable.pretrain(**TINY, output=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

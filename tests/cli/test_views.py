@@ -74,7 +74,7 @@ def test_byol_solarises_the_second_view_only():
     assert shares[1] == pytest.approx(0.2, abs=0.08)
 
 
-@pytest.mark.parametrize("name", ["digits", "byol", "mocov2"])
+@pytest.mark.parametrize("name", ["digits", "byol", "mocov2", "gated"])
 def test_local_crops_follow_the_views_and_show_small_parts(name):
     image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
     transforms = make_views(name, 64, min_crop_scale=0.25, mirror=False, local_crops=3, local_size=16)

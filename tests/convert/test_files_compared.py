@@ -169,8 +169,9 @@ def test_what_was_edited_in_a_timm_model_needs_the_edited_network(tmp_path):
     model = timm.create_model("test_resnet", num_classes=3)
     model.conv1[0].stride = (1, 1)
     slim = slimmable.slimify(model, WIDTHS)
-    with pytest.warns(UserWarning, match="makes a network unlike this one"):
+    with pytest.warns(UserWarning, match="makes a network unlike this one") as told:
         slimmable.save(slim, tmp_path / "file")
+    assert told[0].filename == __file__
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(slimmable.load(tmp_path / "file", model)(x), slim.eval()(x))
     with pytest.raises(CheckpointError, match=r"conv1\.0\.stride is \[1, 1\] in the file, \[2, 2\] here"):

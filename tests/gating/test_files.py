@@ -183,6 +183,9 @@ def test_what_cannot_come_back_is_not_saved(tmp_path):
     for part in (model[:6], nn.Sequential(model)):
         with pytest.raises(CheckpointError, match=r"it is not the model that slimmable\.gating\.gate returned"):
             slimmable.save(part, tmp_path / "model")
+    model[3].channel_gate.at[0].__class__ = type("Own", (slimmable.gating.ChannelGate,), {})
+    with pytest.raises(CheckpointError, match="the gate of 3 is a Own"):
+        slimmable.save(model, tmp_path / "model")
     model[3].channel_gate.at[0] = nn.Sequential(model[3].channel_gate.at[0])
     with pytest.raises(CheckpointError, match="the gate of 3 is a Sequential"):
         slimmable.save(model, tmp_path / "model")

@@ -91,7 +91,7 @@ def test_a_function_may_say_how_sure_the_scores_are_and_nan_is_not_sure(model):
     answer = cascade(images())
     assert (answer.widths == 0.25).tolist() == (sure >= 0.5).tolist()
     assert set(answer.widths) == {0.25, 1.0}
-    assert cascade.thresholds == {0.25: 0.5, 0.5: math.inf}
+    assert cascade.thresholds == {0.25: 0.5, 0.5: math.inf} == Cascade(model, np.array([0.5, math.inf])).thresholds
 
 
 def test_a_batch_without_images_has_no_scores(model):
