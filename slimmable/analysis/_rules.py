@@ -127,7 +127,7 @@ class Context:
                     self.labels.produce(ids)
 
     def use(self, tensors: Iterable[Tensor]) -> None:
-        """Note that these tensors are read, which pins the axes in `slim_picked`, of which they hold single units or indices."""
+        """Note that tensors are read, which pins the axes in `slim_picked`, whose single units or indices they are."""
         for tensor in tensors:
             for ids in self.axes(tensor) if hasattr(tensor, "slim_elsewhere") else ():
                 self.pin(ids, "no width reaches weights in a list, an object or a module outside of the model")

@@ -22,7 +22,7 @@ def order_units(model: nn.Module, plan: Plan, importance: str | Importance) -> l
     """Return the units of each group, the most important first; a group whose order matters keeps its order."""
     with explained(f"importance {importance!r:.80} fails", kind=ConversionError), torch.enable_grad():
         scores = importance(model, plan) if callable(importance) else magnitude(model, plan)
-        found = [np.asarray(torch.as_tensor(each).detach().cpu(), float) for each in scores]
+        found = [np.asarray(torch.as_tensor(each, device="cpu").detach(), float) for each in scores]
     need, shapes = [str((group.units,)) for group in plan.groups], [str(each.shape) for each in found]
     if need != shapes or not all(np.isfinite(each).all() for each in found):
         what = f"a finite score for each unit of plan.groups, of shapes {listed(need, most=6)}"
