@@ -40,12 +40,9 @@ def batch_of(model: nn.Module, example_inputs: Any, size: int) -> Inputs:
     def resized(tensor: Tensor) -> Tensor:
         if length and tensor.ndim and len(tensor) == length:
             tensor = tensor[torch.arange(size, device="cpu") % length]
-        zeros = tensor.is_floating_point() and not tensor.any()
-        return (
-            torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype, device="cpu")
-            if zeros
-            else tensor.to("cpu")
-        )
+        if tensor.is_floating_point() and not tensor.any():
+            return torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype, device="cpu")
+        return tensor.cpu()
 
     args, kwargs = tree_map_only(Tensor, resized, example)
     return Inputs(*args, **kwargs)
