@@ -227,7 +227,8 @@ class _Finder:
         for gate in gates:
             source = cast(Tensor, self.trace.calls[gate.maker][0].source)
             positions[gate.maker] = tuple(int(size) for i, size in enumerate(source.shape) if i not in (0, gate.axis))
-        return LayerMacs(products, torch.from_numpy(np.reshape(times, (-1, units))), self.grouping, self.images, positions)
+        counted = torch.from_numpy(np.reshape(times, (-1, units)))
+        return LayerMacs(products, counted, self.grouping, self.images, positions)
 
     def gate_of(self, group: int, skip: Callable[[str, nn.Module], bool]) -> PlannedGate:
         """Return the gate for a group; raise `_RefusedError` with the reason if it cannot have one."""
