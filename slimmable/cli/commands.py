@@ -29,7 +29,7 @@ def width(text: str) -> float | str:
 
 
 _WIDTH: dict[str, Any] = {"help": "width to write, or all; can be repeated", "type": width, "action": "append"}
-_WIDTH |= {"shown": "must be given", "metavar": "W", "group": "what to write"}
+_WIDTH |= {"shown": "this, --all-widths or a limit must be given", "metavar": "W", "group": "what to write"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,6 @@ class _Network:
         from slimmable.cli.export import file_source, run_source, timm_source
         from slimmable.cli.run import CONFIG, check_name
 
-        if not asked:
-            raise UsageError("the following arguments are required: --width")
         path = Path(self.model)
         if os.path.exists(path / CONFIG):
             self._leave_out("the folder of a run", "image_size")
@@ -171,7 +169,7 @@ class Export(_Network):
 
     def _run(self) -> None:
         limited = self.budget is not None or self.latency is not None
-        if bool(self.width) + self.all_widths + limited > 1:
+        if bool(self.width) + self.all_widths + limited != 1:
             raise UsageError("--width, --all-widths and --budget or --latency each say what to write; give one of them")
         from slimmable._profile import profile
         from slimmable.cli.export import export as write

@@ -57,7 +57,7 @@ def test_arguments_without_meaning(tmp_path, monkeypatch, capsys, arguments, mes
     [
         (["--width", "1", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["--width", "half"], "argument --width: invalid width value: 'half'"),
-        ([], "the following arguments are required: --width"),
+        ([], "--width, --all-widths and --budget or --latency each say what to write; give one of them"),
     ],
 )
 def test_arguments_that_cannot_be_read(tmp_path, capsys, arguments, message):
