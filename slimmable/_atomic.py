@@ -80,8 +80,8 @@ def _sync(path: Path) -> None:
 # -- tensors
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write strided tensors and texts to a safetensors file, which is the same byte for byte if they are the same."""
-    plain = _plain(tensors)
-    texts = json.dumps({**metadata, "checksum": _checksum(plain, metadata)}, sort_keys=True)
+    plain = plain_tensors(tensors)
+    texts = json.dumps({**metadata, "checksum": checksum(plain, metadata)}, sort_keys=True)
     write_aside(path, lambda aside: save_file(plain, aside, {_ENTRY: texts}))
 
 
@@ -100,12 +100,12 @@ def read_tensors(path: Path, form: str, made_by: str) -> tuple[dict[str, str], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read; it is damaged, or not a safetensors file ({error})") from error
-    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
+    if metadata.pop("checksum", None) != checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged or was changed: its checksum is missing or that of other contents")
     return metadata, tensors
 
 
-def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def plain_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors on the CPU and contiguous; a copy where they are not, or share their memory."""
     found, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
@@ -122,7 +122,7 @@ def _plain(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Return the SHA-256 of all texts and tensors with their names, types and shapes, in the order of their names."""
     found = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimmable._atomic import read_tensors, write_tensors
+from slimmable._atomic import checksum, plain_tensors, read_tensors, write_tensors
 from slimmable._checks import check_classes, check_features, check_labelled, check_same_shape, checked, shown
 from slimmable._convert import plan_of
 from slimmable._modules import in_eval_mode
@@ -357,7 +357,7 @@ def train_probe(
         for rows in order.to(labels.device).split(batch_size):
             yield {width: part[rows] for width, part in scaled.items()}, labels[rows]
 
-    linears = _minimised(scaled, classes, shared, batches, epochs, learning_rate, milestones=None, path=None)
+    linears = _minimised(scaled, classes, shared, batches, epochs, learning_rate, milestones=None, file=None)
     if shared:
         norm = SwitchableNorm(nn.BatchNorm1d(kept[0], eps=_NO_EPS, affine=False, device=labels.device), widths, kept)
         for at, (mean, std) in enumerate(moments.values()):
@@ -379,7 +379,7 @@ def _scores(linears: Mapping[float, nn.Linear], features: Features) -> dict[floa
 
 
 def _minimised(
-    first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, path: Any
+    first: Features, classes: int, shared: bool, batches: Any, epochs: int, rate: float, milestones: Any, file: Any
 ) -> dict[float, nn.Linear]:
     """Return width -> a classifier of features like the `first`, `shared` or its own, that minimises `probe_loss`."""
     new = partial(nn.utils.skip_init, nn.Linear, out_features=classes)  # draws no random numbers
@@ -391,9 +391,10 @@ def _minimised(
     optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
     start, falls = 0, milestones and [*milestones]
-    how = f"linear_evaluation of {shapes}, {epochs=}, learning_rate={rate}, milestones={falls}"
+    path, weights = file or (None, "")
+    how = f"linear_evaluation of {shapes} and weights {weights:.8}, {epochs=}, learning_rate={rate}, milestones={falls}"
     if path is not None and os.path.exists(path):
-        said, tensors = read_tensors(Path(path), how, how)
+        said, tensors = read_tensors(path, how, how)
         start = int(said["epoch"])
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors[name])
@@ -410,7 +411,7 @@ def _minimised(
             raise DivergedError(f"a linear classifier is not finite after epoch {epoch + 1}; lower learning_rate")
         if path is not None:
             momenta = {f"{name}.momentum": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
-            write_tensors(Path(path), parameters | momenta, {"format": how, "epoch": str(epoch + 1)})
+            write_tensors(path, parameters | momenta, {"format": how, "epoch": str(epoch + 1)})
     return linears
 
 
@@ -457,7 +458,8 @@ def linear_evaluation(
 
     first, _ = next(batches("test", test))
     crops = partial(batches, "train", train)
-    linears = _minimised(first, num_classes, False, crops, epochs, learning_rate, milestones, path)
+    file = None if path is None else (Path(path), checksum(plain_tensors(backbone.state_dict()), {}))
+    linears = _minimised(first, num_classes, False, crops, epochs, learning_rate, milestones, file)
     features, labels = _joined(batches("test", test))
     scores = _scores(linears, features).items()
     return {width: Accuracies(linear=_accuracy(x, labels), linear_top5=_accuracy(x, labels, 5)) for width, x in scores}

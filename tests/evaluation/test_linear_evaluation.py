@@ -241,6 +241,10 @@ def test_the_state_of_another_evaluation_is_refused(backbone, tmp_path):
     for more in ({"num_classes": 8}, {"epochs": 3}, {"learning_rate": 0.5}, {"milestones": (1,)}):
         with pytest.raises(CheckpointError, match="was not written by linear_evaluation of"):
             linear_evaluation(backbone, batches, batches, **{**how, **more})
+    other = copy.deepcopy(backbone)
+    next(other.parameters()).data.add_(1)
+    with pytest.raises(CheckpointError, match=r"was not written by linear_evaluation of .* and weights \w{8}"):
+        linear_evaluation(other, batches, batches, **how)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="cannot be read; it is damaged"):
         linear_evaluation(backbone, batches, batches, **how)
