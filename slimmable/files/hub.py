@@ -76,7 +76,8 @@ def save_pretrained(
     """
     check_whole("save_pretrained", model)
     widths = widths_of(model) if is_slim(model) else ()
-    for width, shares in (accuracy or {}).items():
+    accuracy = {} if accuracy is None else accuracy
+    for width, shares in accuracy.items():
         width_index(width, widths or (1.0,))
         check_fraction("save_pretrained", **{f"accuracy of {name}": share for name, share in shares.items()})
     args, _ = example = example_of(model, example_inputs)
@@ -94,7 +95,7 @@ def save_pretrained(
         costs = profile(model, image or None, example_inputs=None if image else example_inputs, repeats=0)
         about = {"name": recipe.get("timm", type(model).__name__), "arguments": recipe.get("arguments"), "image": image}
         about |= {"native": native, "config": has_config, "repo_id": repo_id, "folder": Path(folder).resolve().name}
-        card = model_card(costs, model=model, widths=widths, accuracy=accuracy or {}, license=license, **about)
+        card = model_card(costs, model=model, widths=widths, accuracy=accuracy, license=license, **about)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
