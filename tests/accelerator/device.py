@@ -2,7 +2,7 @@
 
     ACCELERATOR=default python -m pytest -p tests.accelerator.device tests/training
 
-makes tensors there unless told otherwise, with float64. Not for tests that read files or start processes.
+makes tensors there unless told otherwise, also in float64. Not for tests that read files or start processes.
 """
 
 import os
@@ -54,5 +54,5 @@ def pytest_configure(config):
         build(library)
     start(library)
     if os.environ.get("ACCELERATOR") == "default":
-        torch.ops.accelerator.allow_float64()
+        torch.ops.accelerator.relax()
         torch.set_default_device(NAME)
