@@ -198,7 +198,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto& value = (*stack)[stack->size() - given.size() + i];
     if (arguments[i].type()->str().find("Generator") == std::string::npos) continue;
     TORCH_CHECK(!strict || value.isNone() || value.toGenerator() == generator(), "Expected a generator of the device");
-    value = generator();
+    if (value.isNone()) value = generator();
   }
   TORCH_CHECK(indexes || !(own && foreign), "Expected all tensors to be on the same device, in ", schema.name());
   struct Inside {
