@@ -221,7 +221,8 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         run = slimmable.pretrain(**{SMALL!r} | dict(workers=int(sys.argv[1])), output=name)
         features = run.load()(torch.ones(1, 1, 24, 24))
-        print(os.environ.get("RANK"), name, len(run.rows), float(features.sum()), flush=True)
+        words = os.environ.get("RANK"), name, len(run.rows), float(features.sum())
+        sys.stdout.write(" ".join(map(str, words)) + "\\n")  # at once, or lines of two processes could mix
 """
 
 
