@@ -427,7 +427,7 @@ def make_views(
         "crops": [(whole,)],
         "supervised": [(whole, v2.ColorJitter(0.4, 0.4, 0.4))],
         "byol": [(whole, *colours, blur(1.0)), (whole, *colours, blur(0.1), v2.RandomSolarize(128, p=0.2)), *local],
-        "gated": [(whole, *colours, v2.RandomSolarize(128, p=0.1))] * 2 + local,
+        "gated": [*[(whole, *colours, v2.RandomSolarize(128, p=0.1))] * 2, *local],
     }
     last = (*([v2.RandomHorizontalFlip()] if mirror else []), v2.ToDtype(torch.float32, scale=True))
     return [v2.Compose([*changes, *last]) for changes in known.get(name, [(whole, *colours, blur(0.5))] * 2 + local)]

@@ -44,7 +44,8 @@ class Once:
         self._rewind: Sequence[Callable[[], object]] = ()
         if model is not None:
             for device in {parameter.device for parameter in model.parameters()}:
-                if hasattr(kind := getattr(torch, device.type, None), "set_rng_state"):  # the CPU's follow
+                kind: Any = getattr(torch, device.type, None)
+                if hasattr(kind, "set_rng_state"):  # the CPU's follow
                     own = partial(kind.get_rng_state, device), partial(kind.set_rng_state, device=device)
                     self._generators.append(own)
             numpy = np.random.get_state, np.random.set_state  # what others draw from
