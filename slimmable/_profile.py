@@ -121,7 +121,8 @@ def profile(
         args = (args[0][:1],)
     slim = any(map(is_slim, model.modules()))
     devices = {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
-    wait, rows = torch.accelerator.synchronize, []
+    wait = torch.accelerator.synchronize
+    rows = []
     for width in tqdm(widths_of(model) if slim else (1.0,), "profile", leave=False, disable=None):  # on terminals
         with at_width(model, width) if slim else nullcontext():
             count, latency = _count(model, args, kwargs), None

@@ -270,13 +270,14 @@ def knn_accuracy(
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     else:  # rounding is less near zero
         bank, queries = bank - bank.mean(0), queries - bank.mean(0)
-    train_labels, right = train_labels.to(bank.device), 0
+    train_labels, test_labels = train_labels.to(bank.device), test_labels.to(bank.device)
+    right = 0
     for features, labels in zip(torch.split(queries, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
         near = features @ bank.T if metric == "cosine" else -torch.cdist(features, bank).square() / 2
         near, places = near.topk(min(k, len(bank)))
         votes = features.new_zeros(len(features), classes)
         votes.scatter_add_(1, train_labels[places].long(), ((near - near[:, :1]) / temperature).exp())
-        right += int((votes.argmax(1) == labels.to(votes.device)).sum())
+        right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
 
 
@@ -354,7 +355,7 @@ def train_probe(
 
     def batches(_: int) -> Iterator[tuple[Features, Tensor]]:
         order = torch.randperm(len(labels), generator=generator, device="cpu")
-        for rows in order.to(labels.device).split(batch_size):
+        for rows in torch.split(order.to(labels.device), batch_size):
             yield {width: part[rows] for width, part in scaled.items()}, labels[rows]
 
     linears = _minimised(scaled, classes, shared, batches, epochs, learning_rate, milestones=None, file=None)

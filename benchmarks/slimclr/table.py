@@ -98,7 +98,7 @@ def gradients(rows: Sequence[Row], arms: Sequence[str]) -> str:
 
 def page(data: str, rows: Sequence[Row], source: str) -> str:
     arms = [arm for arm in arms_of(data) if any(row["arm"] == arm for row in rows)]
-    labelled = [arm for arm in arms if arm in ("labels", "labels, alone")]
+    labelled = [arm for arm in arms if arm.startswith("labels")]
     slim = [arm for arm in arms if arm not in labelled]
     parts = [f"### {data}", ""]
     for column, name in PROBES.items():
